@@ -1,0 +1,158 @@
+"""A run on this machine: its start, its folder, its progress bar, its metrics file."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+METRICS = "metrics.jsonl"
+
+
+class RunError(Exception):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where a run keeps its files, and how it starts."""
+
+    output_dir: str = "runs/out"
+    """the folder for everything the run writes"""
+    resume: bool = False
+    """continue from the last checkpoint in output_dir, or start if there is none"""
+    overwrite: bool = False
+    """delete a former run in output_dir first"""
+    samples: int = 6
+    """held-out rows that are answered before and after, for people to read"""
+    distributed: bool = False
+    """several hosts work together: calls jax.distributed.initialize(), which finds them on TPU pods and under SLURM"""
+
+
+def start(config: Config) -> Path:
+    """Prepares the process and the output folder.
+
+    Raises:
+      RunError: the folder holds another run, or is a file.
+    """
+    if config.distributed:
+        jax.distributed.initialize()
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"run.output_dir {folder} is a file; choose a folder")
+    used = (folder / METRICS).exists() or (folder / "checkpoints").exists()
+    if used and config.overwrite and not config.resume and jax.process_index() == 0:
+        shutil.rmtree(folder)
+    elif used and not config.resume:
+        raise RunError(
+            f"run.output_dir {folder} holds another run; continue it with --run.resume true, "
+            "replace it with --run.overwrite true, or choose another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Runs a script's main: a known error ends it with its message alone, anything else with a traceback."""
+    try:
+        main()
+    except (RunError, ValueError, FileNotFoundError) as error:
+        if os.environ.get("JAXSFT_TRACEBACK") or not str(error):
+            raise
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+class Log:
+    """`metrics.jsonl`, one JSON object a line, and the progress bar that shows the last one.
+
+    Args:
+      folder: the run's folder.
+      step: the step that training continues from; lines of later steps, written before a kill, are taken out.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        self.file, self.step, self._bar = folder / METRICS, step, None
+        self.writes = jax.process_index() == 0
+        if self.writes:
+            _keep_until(self.file, step)
+        self._speed, self._window = 0.0, deque(maxlen=20)  # (time, tokens) of the last steps
+
+    @contextmanager
+    def progress(self, steps: int, label: str = "training"):
+        """Shows the bar while the block runs."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+        ]
+        columns += [
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        ]
+        with Progress(*columns, disable=not self.writes) as bar:
+            task = bar.add_task(label, total=steps, completed=self.step, loss="-", speed="-")
+            self._bar = lambda **fields: bar.update(task, **fields)
+            self._window.append((time.perf_counter(), 0))
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def train(self, step: int, metrics: Mapping[str, float], tokens: int, *, write: bool = True) -> None:
+        """Takes one finished step; `tokens` are those it read, padding left out."""
+        self.step = step
+        self._window.append((time.perf_counter(), tokens))
+        (since, _), *steps = self._window
+        if steps:  # the first step after an evaluation only starts the clock
+            self._speed = sum(n for _, n in steps) / max(self._window[-1][0] - since, 1e-9)
+        if write:
+            self._write({"step": step, **metrics, "tokens_per_second": round(self._speed, 1)})
+        if self._bar:
+            self._bar(completed=step, loss=f"{metrics['loss']:.4f}", speed=f"{self._speed:,.0f}")
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Takes the held-out loss after `step` steps; its time does not count as training."""
+        self._write({"step": step, "eval_loss": loss})
+        self._window.clear()
+
+    def _write(self, line: Mapping[str, float]) -> None:
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """Reads a metrics file; a last line that a kill cut short is left out.
+
+    Raises:
+      RunError: another line is not JSON.
+    """
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            if number != len(lines):
+                raise RunError(f"{file} line {number} is not JSON; restore it or start in another folder") from None
+    return rows
+
+
+def _keep_until(file: Path, step: int) -> None:
+    rows = [row for row in read_metrics(file) if row["step"] <= step] if step else []
+    if file.exists() or rows:
+        part = file.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(part, file)
