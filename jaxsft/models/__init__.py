@@ -1,0 +1,46 @@
+"""Models: one decoder, and a thin family file for each kind of checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsft.models import llama, mistral, qwen2, qwen3
+from jaxsft.models.decoder import Cache, DecoderConfig, Model, build, logits, span, split
+from jaxsft.models.family import Family, Name
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Finds the family of a `config.json`.
+
+    Raises:
+      ValueError: its `model_type` is none of the known ones.
+
+    Example:
+      >>> family_of({"model_type": "llama"}) is FAMILIES["llama"]
+      True
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+__all__ = [
+    "FAMILIES",
+    "Cache",
+    "DecoderConfig",
+    "Family",
+    "Model",
+    "Name",
+    "build",
+    "family_of",
+    "logits",
+    "span",
+    "split",
+]

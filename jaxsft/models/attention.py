@@ -1,0 +1,92 @@
+"""Grouped-query attention over packed rows and over a cache.
+
+One rule decides who sees whom, for training, prefill and decoding alike: same segment, not later, within the window.
+Queries go in blocks, and a block meets only the keys up to its own end: half the products of the square, and no
+[T, T] score is kept for the backward pass, which computes a block's scores again.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NO_WINDOW = 1 << 30  # positions a token looks back where there is no sliding window
+BLOCK = 128  # queries; keeps a block's scores in a CPU's cache
+MOST_BLOCKS = 16  # bounds the unrolled program for long rows
+
+
+class Where(NamedTuple):
+    """Where tokens stand: position inside the document, and which document of the row (0: none, padding)."""
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+
+
+def visible(query: Where, key: Where, window: Int[Array, ""] | int = NO_WINDOW) -> Bool[Array, "B T S"]:
+    """Which keys each query attends to: its own document's, up to itself, at most `window` positions back.
+
+    Two documents and one padding token in a row, `x` for visible:
+
+        segments   1 1 2 2 0
+        token 0    x . . . .
+        token 1    x x . . .
+        token 2    . . x . .
+        token 3    . . x x .
+        token 4    . . . . x     padding sees padding, so that no softmax is empty
+
+    Example:
+      >>> where = Where(jnp.array([[0, 1, 0, 1, 0]]), jnp.array([[1, 1, 2, 2, 0]]))
+      >>> visible(where, where)[0].astype(int).tolist()
+      [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    """
+    distance = query.positions[:, :, None] - key.positions[:, None, :]
+    same = query.segments[:, :, None] == key.segments[:, None, :]
+    return same & (distance >= 0) & (distance < window)
+
+
+def _block(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], seen: Bool[Array, "B T S"]
+) -> Float[Array, "B T N H"]:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(H)
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query: Where,
+    key: Where,
+    window: Int[Array, ""] | int = NO_WINDOW,
+    *,
+    ordered: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Softmax(q k / sqrt(H)) v over the visible keys; N query heads share K key heads in groups of N / K.
+
+    Args:
+      q, k, v: heads before the rotation is undone; softmax in float32 whatever their dtype.
+      query, key: where the queries and keys stand.
+      window: how many positions back a token sees, itself included.
+      ordered: T = S and no query needs a key further right in its row, as in training rows: work is skipped.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; groups: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+    T = q.shape[1]
+    if not ordered:
+        return _block(q, k, v, visible(query, key, window))
+    block = max(BLOCK, -(-T // MOST_BLOCKS))
+    again = jax.checkpoint(_block)
+    out = []
+    for start in range(0, T, block):
+        rows, upto = slice(start, start + block), slice(0, start + block)
+        here = Where(query.positions[:, rows], query.segments[:, rows])
+        there = Where(key.positions[:, upto], key.segments[:, upto])
+        out.append(again(q[:, rows], k[:, upto], v[:, upto], visible(here, there, window)))
+    return jnp.concatenate(out, axis=1)

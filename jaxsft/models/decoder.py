@@ -1,0 +1,279 @@
+"""The one decoder: pre-norm blocks of attention and gated MLP, scanned over layers.
+
+Parameters are a nested dict:
+
+    embed/table                 [V, D]
+    blocks/0-7/attn/q/kernel    [8, D, N H]    the layers 0 to 7, stacked on the first axis
+    norm/scale                  [D]
+    head/table                  [V, D]         absent where it is tied to embed/table
+
+A key under `blocks` names the layers it stacks. `split` cuts a stack in two ("0-5" and "6-7"), and then the two parts
+can differ in what trains: the backward pass ends at the first part that trains anything. The functions below read the
+cut from the tree, so nothing else needs to know of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsft.models import rope as rotary
+from jaxsft.models.attention import NO_WINDOW, Where, attend
+from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP, RMSNorm
+from jaxsft.tree import Tree
+from jaxsft.types import Key
+
+REMAT: dict[str, Callable | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers that make a checkpoint's architecture; families read them from `config.json`."""
+
+    vocab_size: int
+    hidden: int
+    mlp_hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_position: int
+    rope: rotary.Rope = rotary.Rope()
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    tied: bool = False  # the output layer is the embedding
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's q and k (Qwen 3)
+    windows: tuple[int | None, ...] | None = None  # sliding window of each layer; None: none has one
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} heads cannot share {self.kv_heads} key heads; the one must divide the other"
+            )
+
+
+class Cache(NamedTuple):
+    """Keys and values of what was read so far; slot s of a row holds its token at position s."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+
+class Model(NamedTuple):
+    """A model as pure functions, in the manner of `optax.GradientTransformation`.
+
+    variables is {"params": ..., "lora": ...}, the second only with an adapter.
+    """
+
+    config: DecoderConfig
+    init: Callable[[Key], Tree]  # key -> params
+    features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None)
+    output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features
+    extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache)
+    cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
+
+
+def logits(model: Model, variables: Mapping, features: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Scores of every token, in float32. For training use `losses.logprobs`, which never keeps all of them."""
+    table = model.output(variables).astype(features.dtype)
+    return jnp.einsum("btd,vd->btv", features, table, preferred_element_type=jnp.float32)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    lora_dropout: float
+    out_init: Callable
+
+    @nn.compact
+    def __call__(self, x, angles, where: Where, window, cache: Cache | None, slots):
+        c = self.config
+        B, T, _ = x.shape
+
+        def heads(name: str, n: int) -> Array:
+            y = Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
+            return y.reshape(B, T, n, c.head_dim)
+
+        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
+        if cache is None:
+            out = attend(q, k, v, where, where, window, ordered=True)
+        else:
+            rows = jnp.arange(B)[:, None]
+            cache = Cache(cache.k.at[rows, where.positions].set(k), cache.v.at[rows, where.positions].set(v))
+            out = attend(q, cache.k, cache.v, where, slots, window)
+        out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
+        return out, cache
+
+
+class Block(nn.Module):
+    config: DecoderConfig
+    lora_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, angles, where: Where, window, cache: Cache | None = None, slots: Where | None = None):
+        c = self.config
+        # Residual outputs start smaller, so that the sum over layers does not (Radford et al. 2019, section 2.3).
+        out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
+        attn = Attention(c, self.lora_dropout, out_init, name="attn")
+        mlp = GatedMLP(c.mlp_hidden, c.activation, c.mlp_bias, self.lora_dropout, out_init, name="mlp")
+        y, cache = attn(RMSNorm(c.norm_eps, name="attn_norm")(x), angles, where, window, cache, slots)
+        x = x + y
+        return x + mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x)), cache
+
+
+def span(name: str) -> range:
+    """The layers that a stack holds, from its name.
+
+    Example:
+      >>> span("6-7")
+      range(6, 8)
+    """
+    first, last = name.split("-")
+    return range(int(first), int(last) + 1)
+
+
+def split(params: Tree, at: int) -> Tree:
+    """Cuts the stack of layers before layer `at`, so that lower and upper layers can differ in what trains.
+
+    Args:
+      params: the parameters, or shapes of them.
+      at: the first layer of the upper part.
+
+    Returns:
+      params with one more stack; unchanged where a stack already begins there.
+
+    Raises:
+      ValueError: no such layer.
+
+    Example:
+      >>> list(split({"blocks": {"0-3": {"w": jnp.zeros((4, 2))}}}, 3)["blocks"])
+      ['0-2', '3-3']
+    """
+    stacks = {}
+    total = max(span(name).stop for name in params["blocks"])
+    if not 0 <= at <= total:
+        raise ValueError(f"cannot cut before layer {at}; the model has layers 0 to {total - 1}")
+    for name, stack in params["blocks"].items():
+        layers = span(name)
+        if layers.start < at < layers.stop:
+            cut = at - layers.start
+            stacks[f"{layers.start}-{at - 1}"] = jax.tree.map(lambda x, cut=cut: x[:cut], stack)
+            stacks[f"{at}-{layers.stop - 1}"] = jax.tree.map(lambda x, cut=cut: x[cut:], stack)
+        else:
+            stacks[name] = stack
+    return {**params, "blocks": stacks}
+
+
+def build(
+    config: DecoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, remat: str = "none", lora_dropout: float = 0.0
+) -> Model:
+    """Makes the functions of a model.
+
+    Args:
+      config: its architecture.
+      dtype: of the computation, float32 or bfloat16; softmax, norms and losses are float32 whatever it is.
+      remat: what the backward pass computes again: "none" keeps all, "dots" all but the matrix products' inputs
+        within a layer, "block" everything but the layers' inputs.
+      lora_dropout: rate of the dropout before A, used where `features` gets a dropout key.
+
+    Raises:
+      ValueError: an unknown remat policy.
+
+    Example:
+      >>> config = DecoderConfig(32, 8, 16, 2, heads=2, kv_heads=1, head_dim=4, max_position=64, tied=True)
+      >>> model = build(config)
+      >>> params = model.init(jax.random.key(0))
+      >>> tokens = jnp.arange(6)[None]
+      >>> model.features({"params": params}, tokens).shape
+      (1, 6, 8)
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
+    block = Block(config, lora_dropout)
+    inverse = rotary.frequencies(config.rope, config.head_dim)
+    final_norm = RMSNorm(config.norm_eps)
+    windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
+
+    def init(key: Key) -> Tree:
+        key_embed, key_head, key_blocks = jax.random.split(key, 3)
+        x = jnp.zeros((1, 1, config.hidden))
+        where = Where(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+        angles = rotary.angles(where.positions, inverse)
+        one = lambda k: block.init(k, x, angles, where, NO_WINDOW)["params"]
+        table = lambda k: {"table": 0.02 * jax.random.normal(k, (config.vocab_size, config.hidden))}
+        params = {
+            "embed": table(key_embed),
+            "blocks": {f"0-{config.layers - 1}": jax.vmap(one)(jax.random.split(key_blocks, config.layers))},
+            "norm": {"scale": jnp.ones(config.hidden)},
+        }
+        return params if config.tied else {**params, "head": table(key_head)}
+
+    def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
+        params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
+        x = params["embed"]["table"][tokens].astype(dtype)
+        angles = rotary.angles(where.positions, inverse)
+        slots = None
+        if cache is not None:
+            S = cache.k.shape[2]
+            slots = Where(jnp.arange(S)[None], jnp.ones((1, S), jnp.int32))
+
+        def layer(x, inputs):
+            weights, window, old, key = inputs
+            rngs = None if key is None else {"dropout": key}
+            return block.apply(weights, x, angles, where, window, old, slots, rngs=rngs)
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[remat])
+        caches = []
+        for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
+            layers = span(name)
+            weights = {"params": stack, "lora": lora[name]} if name in lora else {"params": stack}
+            old = (
+                None
+                if cache is None
+                else Cache(cache.k[layers.start : layers.stop], cache.v[layers.start : layers.stop])
+            )
+            keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
+            x, new = jax.lax.scan(layer, x, (weights, windows[layers.start : layers.stop], old, keys))
+            caches.append(new)
+        x = cast(Array, final_norm.apply({"params": params["norm"]}, x))
+        if cache is not None:
+            cache = Cache(*(jnp.concatenate(parts) for parts in zip(*caches, strict=True)))
+        return x, cache
+
+    def features(variables, tokens, positions=None, segments=None, dropout=None):
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        return run(variables, tokens, Where(positions, segments), None, dropout)[0]
+
+    def output(variables):
+        params = variables["params"]
+        return params["embed" if config.tied else "head"]["table"]
+
+    def extend(variables, tokens, positions, cache):
+        x, cache = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, None)
+        return x, cast(Cache, cache)
+
+    def empty(rows: int, slots: int) -> Cache:
+        shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return Model(config, init, features, output, extend, empty)

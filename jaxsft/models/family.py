@@ -1,0 +1,122 @@
+"""What a family is, and the reading of `config.json` that all families share.
+
+A family is all that differs between llama, qwen, ...: how its config reads, what its weights are called, how they are
+sharded. A config key that is neither read nor listed here as harmless is an error: an ignored key is a wrong model.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import PartitionSpec
+
+from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.rope import Rope
+
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+
+class Name(NamedTuple):
+    """One kind of weight here and in a Hugging Face file, where kernels are [out, in] and layers are apart."""
+
+    path: str  # without the stack's name: blocks/attn/q/kernel
+    hf: str  # with {layer} for a stacked one: model.layers.{layer}.self_attn.q_proj.weight
+    transposed: bool = False
+
+
+class Family(NamedTuple):
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    names: tuple[Name, ...]  # those that a config leaves out (biases, an untied head) are simply not in its tree
+    rules: Rules  # (path pattern, PartitionSpec), first match; there is no catch-all
+
+
+# Bookkeeping, training-time and generation-time keys: none changes the logits of a loaded model.
+HARMLESS = frozenset(
+    "_attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map bad_words_ids "
+    "begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id "
+    "diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id "
+    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label "
+    "initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length min_length "
+    "model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
+    "output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values "
+    "repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params "
+    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript "
+    "transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache".split()
+)
+
+
+class Reader:
+    """Takes keys out of a config and refuses, at the end, whatever nobody asked for."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config, self.used = config, set()
+
+    def __call__(self, key: str, *default: Any) -> Any:
+        self.used.add(key)
+        value = self.config.get(key)
+        if value is not None:
+            return value
+        if default:
+            return default[0]
+        near = difflib.get_close_matches(key, self.config, 1)
+        hint = f"; did {near[0]!r} mean it?" if near else ""
+        raise ValueError(f"config.json has no {key!r}, which {self.config.get('model_type')!r} models need{hint}")
+
+    def expect(self, key: str, *known: Any) -> None:
+        """Accepts a key only at values that change nothing here."""
+        value = self(key, known[0])
+        if value not in known:
+            wanted = " or ".join(map(repr, known))
+            raise ValueError(f"config.json sets {key!r} to {value!r}; only {wanted} is supported for this family")
+
+    def finish(self) -> None:
+        unknown = sorted(set(self.config) - self.used - HARMLESS)
+        if unknown:
+            keys = ", ".join(f"{key!r} = {self.config[key]!r}" for key in unknown)
+            raise ValueError(
+                f"config.json of {self.config.get('model_type')!r} has keys this family does not know: {keys}. A key"
+                " that changes the model must be read in its family file; a harmless one added to HARMLESS."
+            )
+
+
+def read_rope(read: Reader) -> Rope:
+    """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    theta, old, new = read("rope_theta", None), read("rope_scaling", None), read("rope_parameters", None)
+    scaling = dict(new or old or {})
+    theta = scaling.pop("rope_theta", theta) or 10_000.0
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
+    scaling.pop("type", None)
+    fields = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    if unknown := sorted(set(scaling) - fields):
+        raise ValueError(f"config.json's rope settings have keys that are not known: {', '.join(unknown)}")
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"config.json asks for rope type {kind!r}; known are default, linear, llama3")
+    scaling["original_max_position"] = scaling.pop("original_max_position_embeddings", 8192)
+    return Rope(theta=float(theta), kind=kind, **scaling)
+
+
+def read_shape(read: Reader) -> DecoderConfig:
+    """Reads the keys that every Llama-shaped config has."""
+    hidden, heads = read("hidden_size"), read("num_attention_heads")
+    return DecoderConfig(
+        vocab_size=read("vocab_size"),
+        hidden=hidden,
+        mlp_hidden=read("intermediate_size"),
+        layers=read("num_hidden_layers"),
+        heads=heads,
+        kv_heads=read("num_key_value_heads", heads),
+        head_dim=read("head_dim", hidden // heads),
+        max_position=read("max_position_embeddings", 2048),
+        rope=read_rope(read),
+        norm_eps=read("rms_norm_eps", 1e-6),
+        activation=read("hidden_act", "silu"),
+        tied=read("tie_word_embeddings", False),
+    )
+
+
+def with_windows(config: DecoderConfig, windows: list[int | None]) -> DecoderConfig:
+    """Sets each layer's sliding window, or none at all where no layer has one."""
+    if len(windows) != config.layers:
+        raise ValueError(f"config.json names {len(windows)} layer types for {config.layers} layers")
+    return dataclasses.replace(config, windows=tuple(windows) if any(windows) else None)

@@ -1,0 +1,74 @@
+"""The layers every family is made of: Dense (with its LoRA path), RMSNorm, the gated MLP.
+
+A kernel is always two-dimensional, [in, out], so that LoRA, weight names and sharding rules stay uniform.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Dense(nn.Module):
+    """y = x W + bias + scale (x A) B, the last term if the collection "lora" has this layer.
+
+    x A comes first, so the full-size A B is never formed (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    """
+
+    features: int
+    use_bias: bool = False
+    lora_dropout: float = 0.0  # on the input of A only; active when the rng "dropout" is given
+    init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        y = x @ self.param("kernel", self.init, (x.shape[-1], self.features)).astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            a, b, scale = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b", "scale"))
+            if self.lora_dropout and self.has_rng("dropout"):
+                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
+            y = y + ((x @ a) @ b) * scale
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        full = x.astype(jnp.float32)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        # Rounded to the compute dtype before the scale, as the reference models do.
+        return full.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate x) * up x) (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+    hidden: int
+    activation: str
+    use_bias: bool
+    lora_dropout: float
+    out_init: Callable
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = Dense(self.hidden, self.use_bias, self.lora_dropout, name="gate")(x)
+        up = Dense(self.hidden, self.use_bias, self.lora_dropout, name="up")(x)
+        act = ACTIVATIONS[self.activation]
+        return Dense(x.shape[-1], self.use_bias, self.lora_dropout, self.out_init, name="down")(act(gate) * up)

@@ -1,0 +1,22 @@
+"""Mistral 7B and its kin: Llama with a sliding window on every layer.
+
+Source: Jiang et al. 2023, arXiv:2310.06825.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.family import Family, Reader, read_shape, with_windows
+from jaxsft.models.llama import NAMES, RULES
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    read = Reader(config)
+    shape = read_shape(read)
+    window = read("sliding_window", None)
+    read.finish()
+    return with_windows(shape, [window] * shape.layers)
+
+
+FAMILY = Family(read_config, NAMES, RULES)

@@ -1,0 +1,36 @@
+"""Qwen 2 and 2.5: Llama with biases on q, k, v and, in some, a sliding window on the upper layers.
+
+Source: Yang et al. 2024, arXiv:2407.10671.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.family import Family, Reader, read_shape, with_windows
+from jaxsft.models.llama import NAMES, RULES
+
+
+def read_windows(read: Reader, layers: int) -> list[int | None]:
+    """`layer_types` says it layer by layer; older configs give the first layer that has the window."""
+    window = read("sliding_window", None) if read("use_sliding_window", False) else None
+    first = read("max_window_layers", layers)
+    read("sliding_window", None)
+    older = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    types = read("layer_types", older)
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"config.json has layer types that are not known: {', '.join(unknown)}")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    read = Reader(config)
+    shape = read_shape(read)
+    windows = read_windows(read, shape.layers)
+    read.expect("use_mrope", False)
+    read.finish()
+    return with_windows(dataclasses.replace(shape, qkv_bias=True), windows)
+
+
+FAMILY = Family(read_config, NAMES, RULES)
