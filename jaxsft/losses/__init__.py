@@ -1,0 +1,6 @@
+"""Losses: pure functions of arrays, one paper a file. They know neither models nor parameter trees."""
+
+from jaxsft.losses.logprobs import logprobs, shift
+from jaxsft.losses.sft import sft
+
+__all__ = ["logprobs", "sft", "shift"]

@@ -1,0 +1,155 @@
+"""Log-probabilities of tokens from features, without the [B, T, V] array of logits.
+
+Rows are first compacted so that the tokens that count come first; then chunks of tokens meet the output table one after
+the other, and chunks that hold none are skipped. Products run in the dtype of the features with float32 accumulation,
+the softmax in float32. The gradient is written by hand:
+
+    d lp / d f = W_y - sum_v p_v W_v    per token: formed in the forward pass, scaled in the backward pass
+    d lp / d W needs the chunk's softmax again, and is only computed where the table trains
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+CHUNK_CPU, CHUNK = 256, 4096  # tokens whose logits exist at one time; a CPU's cache likes few
+
+
+def shift(
+    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], segments: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Pairs each position with the token it predicts: the next one of the same document.
+
+        tokens    a b c d e .        targets   b c d e . a
+        segments  1 1 2 2 2 0        learned   1 0 1 1 0 0     b, d, e: those with mask 1 that have a predecessor
+        mask      0 1 1 1 1 0
+
+    Args:
+      tokens: token ids.
+      mask: is this token learned?
+      segments: document numbers; 0 is padding.
+
+    Returns:
+      (targets, learned): the id to predict at each position and whether it counts. A document's first token never
+      counts, so `learned.sum()` is the number of predicted tokens, the only right divisor of the loss.
+
+    Example:
+      >>> row = lambda *x: jnp.array([x])
+      >>> targets, learned = shift(row(1, 2, 3, 4, 5, 0), row(0, 1, 1, 1, 1, 0) > 0, row(1, 1, 2, 2, 2, 0))
+      >>> learned[0].astype(int).tolist()
+      [1, 0, 1, 1, 0, 0]
+    """
+    after = functools.partial(jnp.roll, shift=-1, axis=1)
+    learned = after(mask) & (after(segments) == segments) & (segments > 0)
+    return after(tokens), learned.at[:, -1].set(False)
+
+
+def logprobs(
+    features: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    chunk: int | None = None,
+) -> Float[Array, "B T"]:
+    """log softmax(features table^T)[target], float32, for the tokens in `mask`; 0 for the others.
+
+    Args:
+      features: the model's last hidden states.
+      table: the output layer, a row a token.
+      targets: the token each position predicts, from `shift`.
+      mask: which positions count; the others cost nothing.
+      chunk: tokens whose logits exist at one time, so memory is chunk x V floats; by default what suits the backend.
+
+    Example:
+      >>> features, table = jnp.ones((1, 3, 2)), jnp.zeros((5, 2))
+      >>> logprobs(features, table, jnp.array([[1, 2, 3]]), jnp.array([[True, True, False]])).round(4)
+      Array([[-1.6094, -1.6094,  0.    ]], dtype=float32)
+    """
+    B, T, _ = features.shape
+    chunk = chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
+    width = min(T, max(1, chunk // B))
+    order = jnp.argsort(~mask, axis=1, stable=True)  # tokens that count come first in their row
+    order = jnp.pad(order, ((0, 0), (0, -T % width)), mode="edge")
+    count = mask.sum(axis=1, keepdims=True)
+    counts = jnp.arange(order.shape[1]) < count  # [B, T'], true for a prefix of each row
+    rows = jnp.arange(B)[:, None]
+    lp = _compact(features[rows, order], table, targets[rows, order], counts, width)
+    return jnp.zeros((B, T), jnp.float32).at[rows, order].add(lp)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _compact(features, table, targets, mask, width):
+    return _forward(features, table, targets, mask, width, grad=False)[0]
+
+
+def _softmax(features, table, targets):
+    """lp of the targets, and one-hot(target) - softmax, which is d lp / d logits."""
+    logits = jnp.einsum("btd,vd->btv", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    total = jnp.exp(shifted).sum(axis=-1, keepdims=True)
+    # A comparison instead of a gather: it fuses, and a table cut over the vocabulary stays cut.
+    hit = jnp.arange(table.shape[0]) == targets[..., None]
+    lp = jnp.where(hit, shifted, 0).sum(axis=-1) - jnp.log(total[..., 0])
+    return lp, jnp.where(hit, 1.0, 0.0) - jnp.exp(shifted) / total
+
+
+def _chunks(step, carry, mask, width):
+    """Scans `step(carry, take)` over chunks of tokens, skipping those that hold no token that counts."""
+
+    def body(carry, start):
+        take: Any = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+        skip = lambda carry: (carry, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape))
+        run = lambda carry: step(carry, take)
+        shape = jax.eval_shape(run, carry)[1]
+        return jax.lax.cond(take(mask).any(), run, skip, carry)
+
+    carry, out = jax.lax.scan(body, carry, jnp.arange(0, mask.shape[1], width))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    return carry, jax.tree.map(join, out)  # [chunks, B, width, ...] -> [B, T, ...]
+
+
+def _forward(features, table, targets, mask, width, grad):
+    def step(carry, take):
+        f = take(features)
+        lp, slope = _softmax(f, table, take(targets))
+        lp = jnp.where(take(mask), lp, 0.0)
+        if not grad:
+            return carry, (lp,)
+        pull = jnp.einsum("btv,vd->btd", slope.astype(f.dtype), table.astype(f.dtype))
+        return carry, (lp, jnp.where(take(mask)[..., None], pull, 0))
+
+    return _chunks(step, (), mask, width)[1]
+
+
+def _vjp_forward(features, table, targets, mask, width):
+    trains = table.perturbed  # decided while tracing: a frozen table needs nothing kept but the pull
+    features, table, targets, mask = features.value, table.value, targets.value, mask.value
+    if trains:
+        (lp,) = _forward(features, table, targets, mask, width, grad=False)
+        return lp, (features, table, targets, mask)
+    lp, pull = _forward(features, table, targets, mask, width, grad=True)
+    return lp, pull
+
+
+def _vjp_backward(width, kept, cotangent):
+    if not isinstance(kept, tuple):
+        g = jnp.zeros(kept.shape[:2]) if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) else cotangent
+        return (g[..., None] * kept).astype(kept.dtype), None, None, None
+    features, table, targets, mask = kept
+    g = jnp.where(mask, cotangent, 0.0)
+
+    def step(grad_table, take):
+        f = take(features)
+        slope = (_softmax(f, table, take(targets))[1] * take(g)[..., None]).astype(f.dtype)
+        grad_table += jnp.einsum("btv,btd->vd", slope, f, preferred_element_type=jnp.float32)
+        return grad_table, jnp.einsum("btv,vd->btd", slope, table.astype(f.dtype))
+
+    grad_table, grad_features = _chunks(step, jnp.zeros(table.shape, jnp.float32), mask, width)
+    return grad_features, grad_table.astype(table.dtype), None, None
+
+
+_compact.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

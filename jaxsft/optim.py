@@ -1,0 +1,90 @@
+"""The optimizer: AdamW with warmup, a schedule and clipping, built from Optax.
+
+Source: Loshchilov and Hutter 2017, arXiv:1711.05101. Norm scales and biases do not decay.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+
+from jaxsft import tree
+
+DECAYS = ".*/(kernel|table|a|b)"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How parameters are updated."""
+
+    learning_rate: float = 2e-4
+    """the peak; about 2e-4 for LoRA, 1e-5 for full tuning of a large model"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """after the warmup: cosine or linear down to final_ratio of the peak, or constant"""
+    warmup_steps: int = 0
+    """steps that rise linearly to the peak; the first step already learns"""
+    final_ratio: float = 0.0
+    """the last learning rate over the peak"""
+    weight_decay: float = 0.0
+    """of AdamW, on kernels, embeddings and adapters; never on norms and biases"""
+    clip: float = 1.0
+    """the largest global gradient norm; 0 clips nothing"""
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.999
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+
+
+def schedule(
+    learning_rate: float, kind: str, steps: int, *, warmup_steps: int = 0, final_ratio: float = 0.0
+) -> Callable[..., Any]:
+    """Makes step -> learning rate.
+
+    Args:
+      learning_rate: the peak.
+      kind: cosine, linear or constant.
+      steps: length of the run; the last one gets about final_ratio of the peak.
+      warmup_steps: step s < warmup_steps gets (s + 1) / warmup_steps of the peak.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    Example:
+      >>> lr = schedule(1.0, "linear", 12, warmup_steps=2)
+      >>> [round(float(lr(s)), 2) for s in (0, 1, 2, 7, 12)]
+      [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if kind not in ("cosine", "linear", "constant"):
+        raise ValueError(f"optim.schedule {kind!r} is not known; known are cosine, linear, constant")
+
+    def rate(step):
+        warm = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps))
+        done = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
+        left = {"cosine": (1 + jnp.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[kind]
+        return learning_rate * warm * (final_ratio + (1 - final_ratio) * left)
+
+    return rate
+
+
+def build(config: Config, steps: int) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """Builds the chain of a run of `steps` steps.
+
+    Returns:
+      (tx, schedule): the transformation, and the learning rate it uses, for the log.
+
+    Example:
+      >>> tx, rate = build(Config(schedule="constant"), steps=10)
+      >>> float(rate(3)) == Config().learning_rate or round(float(rate(3)), 6)
+      0.0002
+    """
+    c = config
+    rate = schedule(c.learning_rate, c.schedule, steps, warmup_steps=c.warmup_steps, final_ratio=c.final_ratio)
+    decays = lambda params: tree.nest({p: tree.matches(DECAYS, p) for p in tree.flat(params)})
+    chain = [optax.clip_by_global_norm(c.clip)] if c.clip else []
+    chain.append(optax.adamw(rate, c.beta1, c.beta2, c.eps, weight_decay=c.weight_decay, mask=decays))
+    return optax.chain(*chain), rate

@@ -1,0 +1,110 @@
+"""Placement over a `data x fsdp x tensor` mesh: who holds which slice of which array.
+
+Batches are cut over data and fsdp together; parameters over fsdp and tensor, as the rules of the model's family say.
+The program itself is written for one device: the compiler (GSPMD, Xu et al. 2021, arXiv:2105.04663) adds the exchanges.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsft import tree
+from jaxsft.tree import Tree
+
+AXES = ("data", "fsdp", "tensor")
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the devices form a mesh; at most one of the three is -1, which takes the rest."""
+
+    data: int = -1
+    """copies of the model, each with its own rows of the batch"""
+    fsdp: int = 1
+    """devices that share one copy, each holding a slice of every weight and its own rows"""
+    tensor: int = 1
+    """devices that share one copy and the same rows, each computing some heads and hidden units"""
+
+
+def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Arranges the devices.
+
+    Args:
+      data, fsdp, tensor: lengths of the axes; at most one is -1, the rest of the devices.
+      devices: all devices of all processes by default.
+
+    Raises:
+      ValueError: the lengths do not multiply to the number of devices.
+
+    Example:
+      >>> mesh(devices=jax.devices()[:1]).shape
+      OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    """
+    devices = jax.devices() if devices is None else devices
+    lengths = [data, fsdp, tensor]
+    known = int(np.prod([n for n in lengths if n != -1]))
+    said = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, lengths, strict=True))
+    if lengths.count(-1) > 1 or any(n < 1 and n != -1 for n in lengths) or len(devices) % known:
+        raise ValueError(
+            f"mesh {said} does not fit {len(devices)} devices; the product must divide it, one axis may be -1"
+        )
+    lengths = [len(devices) // known if n == -1 else n for n in lengths]
+    if np.prod(lengths) != len(devices):
+        raise ValueError(
+            f"mesh {said} uses {np.prod(lengths)} of {len(devices)} devices; set one axis to -1 for the rest"
+        )
+    if len(devices) == len(jax.devices()):
+        return jax.make_mesh(tuple(lengths), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(devices).reshape(lengths), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """Finds how the leaf at `path` is cut: the first rule that matches.
+
+    An axis of the mesh that does not divide a dimension is left out there: that dimension is then held whole.
+
+    Raises:
+      ValueError: no rule matches, or the rule has another number of dimensions.
+    """
+    found = next(((pattern, wanted) for pattern, wanted in rules if re.fullmatch(pattern, path)), None)
+    if found is None:
+        raise ValueError(f"no sharding rule for {path} {shape}; add one to FAMILY.rules")
+    pattern, wanted = found
+    if len(wanted) != len(shape):
+        raise ValueError(f"the sharding rule {pattern!r} has {len(wanted)} dimensions, but {path} has shape {shape}")
+    fits = [axis if axis is None or n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, wanted, strict=True)]
+    return PartitionSpec(*fits)
+
+
+def shardings(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:
+    """Gives each leaf of a tree (arrays or shapes) its NamedSharding, by the rules.
+
+    Example:
+      >>> one = mesh(devices=jax.devices()[:1])
+      >>> rules = (("w", PartitionSpec("fsdp", "tensor")),)
+      >>> shardings({"w": jax.ShapeDtypeStruct((4, 2), np.float32)}, rules, one)["w"].spec
+      PartitionSpec('fsdp', 'tensor')
+    """
+    leaves = tree.flat(shapes)
+    return tree.nest({p: NamedSharding(mesh, spec(p, x.shape, rules, mesh)) for p, x in leaves.items()})
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch [B, T]: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of(arrays: Any) -> Any:
+    """The shardings that the arrays of a tree have."""
+    return jax.tree.map(lambda x: x.sharding, arrays)
