@@ -1,0 +1,23 @@
+"""Plain documents for pre-training: one column, text."""
+
+from typing import Any
+
+from jaxsft.data.chat import Text
+from jaxsft.data.sources import DataError
+
+COLUMNS = ("text",)
+
+
+def parse(fields: dict[str, Any]) -> Text:
+    """Takes the document.
+
+    Raises:
+      DataError: text is no string.
+
+    Example:
+      >>> parse({"text": "Once upon a time"})
+      Text(text='Once upon a time')
+    """
+    if not isinstance(fields["text"], str):
+        raise DataError(f"text is {fields['text']!r}; expected a string")
+    return Text(fields["text"])
