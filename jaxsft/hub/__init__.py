@@ -1,0 +1,52 @@
+"""Hugging Face checkpoints, tokenizers and PEFT adapters, in and out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxsft.hub.files import CheckpointError, resolve
+from jaxsft.hub.peft import export_adapter, load_adapter
+from jaxsft.hub.tokenizer import load_tokenizer, save_template, stop_tokens
+from jaxsft.hub.weights import export, init, load, merge, read_config, shapes
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model to start from."""
+
+    path: str = ""
+    """a folder with config.json and safetensors, or a hub name such as org/name"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the computation and of frozen weights; what trains is float32, and so are softmax and loss"""
+    remat: Literal["none", "dots", "block"] = "none"
+    """what the backward pass computes again to save memory: nothing, all but matrix products, or whole layers"""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What a run leaves for other programs."""
+
+    adapter: bool = True
+    """write <output_dir>/adapter in PEFT's format, after LoRA"""
+    merged: bool = True
+    """write <output_dir>/merged, a whole Hugging Face checkpoint"""
+    shard_gb: float = 5.0
+    """the largest weight file, in 10^9 bytes"""
+
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ExportConfig",
+    "export",
+    "export_adapter",
+    "init",
+    "load",
+    "load_adapter",
+    "load_tokenizer",
+    "merge",
+    "read_config",
+    "resolve",
+    "save_template",
+    "shapes",
+    "stop_tokens",
+]

@@ -1,0 +1,205 @@
+"""Checkpoint folders: reading and writing safetensors, one tensor at a time.
+
+A reader knows which file holds which tensor and reads slices of it; a writer takes tensors one after the other and
+never holds more than one shard of them.
+"""
+
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jax.numpy.bfloat16)}
+# What a merged model needs beside its weights, copied as it is.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.jinja",
+    "additional_chat_templates/*",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is; says which file, what was found, what was expected, what to do."""
+
+
+def resolve(path: str) -> Path:
+    """Finds a checkpoint folder: a local one, or a model of the Hugging Face hub by name, downloaded once.
+
+    Raises:
+      CheckpointError: neither exists.
+    """
+    if (folder := Path(path)).is_dir():
+        return folder
+    if not path or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        near = difflib.get_close_matches(folder.name, os.listdir(folder.parent), 1) if folder.parent.is_dir() else []
+        hint = f"; {folder.parent} has {near[0]!r}" if near else ""
+        raise CheckpointError(
+            f"no model folder {path!r}{hint}; give a folder with config.json, or a hub name such as org/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path!r} is no local folder, and the hub did not give it ({type(error).__name__}: {error}); "
+            "check the name, the network, and for gated models the token in HF_TOKEN"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      CheckpointError: the file is missing or is no JSON object.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} has no {file.name}; is it a Hugging Face checkpoint folder?")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); download or export it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a {type(value).__name__}; a JSON object was expected")
+    return value
+
+
+class Reader:
+    """The tensors of a folder, by name; nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, single: str = SINGLE):
+        self.folder, self._open = folder, {}
+        if (folder / INDEX).is_file():
+            names = read_json(folder / INDEX).get("weight_map", {})
+        elif (folder / single).is_file():
+            names = dict.fromkeys(self._handle(single).keys(), single)
+        else:
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+            raise CheckpointError(
+                f"{folder} has neither {single} nor {INDEX} (found: {found}); only safetensors are read"
+            )
+        self.files: dict[str, str] = names
+        for file in sorted(set(names.values())):
+            missing = [name for name in names if names[name] == file and name not in self._names(file)]
+            if missing:
+                raise CheckpointError(
+                    f"{folder / file} lacks {missing[0]!r}, which {INDEX} places there; download it again"
+                )
+
+    def _names(self, file: str) -> set[str]:
+        return set(self._handle(file).keys())
+
+    def _handle(self, file: str):
+        if file not in self._open:
+            path = self.folder / file
+            if not path.is_file():
+                raise CheckpointError(f"shard {path} is missing, though {INDEX} names it; download it again")
+            try:
+                self._open[file] = safe_open(path, "np")
+            except (SafetensorError, OSError) as error:
+                size = path.stat().st_size
+                raise CheckpointError(
+                    f"{path} ({size:,} bytes) is truncated or corrupt ({error}); download or export it again"
+                ) from error
+        return self._open[file]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        kind = self._slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise CheckpointError(
+                f"{name!r} in {self.folder} has dtype {kind}; float32, float16 and bfloat16 are supported"
+            )
+        return DTYPES[kind]
+
+    def _slice(self, name: str):
+        return self._handle(self.files[name]).get_slice(name)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads a tensor, or the part of it that `index` names."""
+        return self._slice(name)[index if index else slice(None)]
+
+
+class Tensor(NamedTuple):
+    """A tensor to write: known by name and size, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+
+def write(folder: Path, tensors: Iterable[Tensor], *, shard_gb: float, single: str = SINGLE) -> list[Path]:
+    """Writes tensors in shards of at most `shard_gb` (10^9 bytes), with an index if there is more than one.
+
+    Every process calls it (making a tensor may gather it); the first one writes. Files appear whole or not at all.
+
+    Returns:
+      the files written.
+
+    Raises:
+      CheckpointError: the disk is full or refuses.
+    """
+    shards: list[list[Tensor]] = [[]]
+    room = limit = shard_gb * 1e9
+    for tensor in tensors:
+        size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        room -= size
+        shards[-1].append(tensor)
+    names = (
+        [single]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+                old.unlink(missing_ok=True)
+        for name, shard in zip(names, shards, strict=True):
+            made = {t.name: np.ascontiguousarray(t.make()) for t in shard}
+            if writes:
+                save_file(made, folder / f"{name}.part", metadata={"format": "pt"})
+                os.replace(folder / f"{name}.part", folder / name)
+        if writes and len(shards) > 1:
+            total = sum(int(np.prod(t.shape)) * t.dtype.itemsize for shard in shards for t in shard)
+            weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {folder} ({error}); free some space or choose another folder") from error
+    return [folder / name for name in names]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies tokenizer, chat template and generation config beside the weights."""
+    if jax.process_index() == 0:
+        for pattern in COMPANIONS:
+            for file in source.glob(pattern):
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if file.is_file() and not (target.exists() and target.samefile(file)):
+                    shutil.copyfile(file, target)

@@ -1,0 +1,252 @@
+"""Whole models: load into sharded arrays, export, and merge a fine-tuned part into its base.
+
+Loading asks the reader for each device's slice of each weight, so no host holds the model twice. Merging goes over the
+base's files tensor by tensor: what was not trained is copied as it is, bit by bit.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxsft import lora, sharding, tree
+from jaxsft.hub import names
+from jaxsft.hub.files import CheckpointError, Reader, Tensor, copy_companions, read_json, resolve, write
+from jaxsft.models import Family, Model, build, family_of, split
+from jaxsft.models.decoder import DecoderConfig
+from jaxsft.tree import Pattern, Tree
+from jaxsft.types import Key
+
+# Buffers that older checkpoints carry and that follow from the config.
+DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+
+def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
+    """Reads a folder's `config.json` through its family.
+
+    Raises:
+      CheckpointError: it is missing, of an unknown family, or has keys the family does not know.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        family = family_of(config)
+        return family, family.read_config(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def shapes(config: DecoderConfig, cut: int | None = None) -> Tree:
+    """The shapes of a model's parameters, without any memory; `cut` as for `models.split`."""
+
+    def make(key: Key) -> Tree:
+        params = build(config).init(key)
+        return params if cut is None else split(params, cut)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def load(
+    path: str,
+    mesh: Mesh | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    full_precision: Pattern = (),
+    cut: int | None = None,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+) -> tuple[Model, Tree]:
+    """Loads a Hugging Face checkpoint.
+
+    Args:
+      path: a folder with config.json and safetensors, or a hub name.
+      mesh: from `sharding.mesh`; one device by default. Every array lands sharded by its family's rules.
+      dtype: of the computation and of the weights.
+      full_precision: addresses ("params/...") whose weights are float32 whatever dtype is: those that will train.
+      cut: a layer before which the stack is cut, see `models.split`.
+      remat, lora_dropout: see `models.build`.
+
+    Returns:
+      (model, params).
+
+    Raises:
+      CheckpointError: a missing, truncated or corrupt file, an unknown architecture or config key, a tensor that is
+        missing, superfluous, of another shape, or not finite.
+
+    Example:
+      >>> import jaxsft
+      >>> model, params = load(jaxsft.BASE)
+      >>> model.config.layers
+      4
+    """
+    folder = resolve(path)
+    family, config = read_config(folder)
+    mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    reader = Reader(folder)
+    leaves, wanted = tree.flat(shapes(config, cut)), set()
+    placed = sharding.shardings(shapes(config, cut), family.rules, mesh)
+    params = {}
+    for path_, place in tree.flat(placed).items():
+        here, transposed = names.leaf_names(family, path_)
+        _check(reader, here, leaves[path_].shape, stacked=path_.startswith("blocks/"), transposed=transposed)
+        wanted |= set(here)
+        kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
+        params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
+    spare = {"lm_head.weight"} if config.tied else set()
+    if unknown := sorted(n for n in set(reader.files) - wanted - spare if not n.endswith(DERIVED)):
+        raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
+    finite = jax.jit(lambda x: jnp.isfinite(x).all())
+    if broken := [p for p, ok in [(p, finite(x)) for p, x in params.items()] if not ok]:
+        raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
+    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout), tree.nest(params)
+
+
+def _check(reader: Reader, here: list[str], shape: tuple[int, ...], *, stacked: bool, transposed: bool) -> None:
+    expected = shape[1:] if stacked else shape
+    expected = expected[::-1] if transposed else expected
+    for name in here:
+        if name not in reader.files:
+            raise CheckpointError(f"{reader.folder} lacks the tensor {name!r}, which its config.json implies")
+        if reader.shape(name) != expected:
+            raise CheckpointError(
+                f"{name!r} in {reader.folder} has shape {reader.shape(name)}; config.json implies {expected}"
+            )
+        _ = reader.dtype(name)
+
+
+def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
+    """Makes one leaf, each device's slice read on its own."""
+
+    def part(index: Any) -> np.ndarray:
+        layers, inner = (index[0], index[1:]) if len(index) == len(reader.shape(here[0])) + 1 else (slice(0, 1), index)
+        inner = inner[::-1] if transposed else inner
+        parts = [reader.read(name, inner) for name in here[layers]]
+        parts = [(x.T if transposed else x).astype(dtype) for x in parts]
+        return np.stack(parts) if len(inner) < len(index) else parts[0]
+
+    return jax.make_array_from_callback(shape, place, part)
+
+
+def init(
+    path: str, key: Key, mesh: Mesh | None = None, *, dtype=jnp.float32, remat: str = "none"
+) -> tuple[Model, Tree]:
+    """Makes a fresh model of the shape that `path`/config.json describes, for training from scratch."""
+    family, config = read_config(resolve(path))
+    mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    model = build(config, dtype=dtype, remat=remat)
+    placed = sharding.shardings(shapes(config), family.rules, mesh)
+    return model, jax.jit(model.init, out_shardings=placed)(key)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Brings a whole array to every host, from wherever its slices are."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def fetch(leaf: jax.Array, row: int | None, *, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    """Brings one layer of a stacked leaf, or a whole leaf, to the host."""
+    x = to_host(leaf if row is None else leaf[row])
+    return (x.T if transposed else x).astype(dtype)
+
+
+def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dtype: str | None = None) -> list[Path]:
+    """Writes parameters as a Hugging Face checkpoint.
+
+    Args:
+      path: the folder to write.
+      params: of the model that `source` describes.
+      source: the folder or hub name that gives config.json, tokenizer, chat template, generation config.
+      shard_gb: the largest file, in 10^9 bytes.
+      dtype: float32, bfloat16 or float16; by default what the config says, else float32.
+
+    Returns:
+      the weight files.
+
+    Raises:
+      CheckpointError: the disk is full, or `source` cannot be read.
+    """
+    folder, base = Path(path), resolve(source)
+    family, config = read_config(base)
+    raw = read_json(base / "config.json")
+    kind = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    known, out = names.by_address(params), []
+    for name, (address, transposed) in names.places(family, config).items():
+        if address in known:
+            leaf, row = known[address]
+            shape = leaf.shape if row is None else leaf.shape[1:]
+            make = lambda leaf=leaf, row=row, t=transposed: fetch(leaf, row, transposed=t, dtype=jnp.dtype(kind))
+            out.append(Tensor(name, shape[::-1] if transposed else shape, jnp.dtype(kind), make))
+    files = write(folder, out, shard_gb=shard_gb)
+    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind})
+    copy_companions(base, folder)
+    return files
+
+
+def _write_config(folder: Path, config: Mapping) -> None:
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def merge(
+    base: str, path: str, *, adapter: Mapping | None = None, trained: Mapping | None = None, shard_gb: float = 5.0
+) -> list[Path]:
+    """Writes the base with a fine-tuned part folded in, file by file: W + scale A B in float32, cast once.
+
+    Args:
+      base: the checkpoint that was fine-tuned; a folder or a hub name.
+      path: the folder to write.
+      adapter: a LoRA tree, as `lora.init` makes it.
+      trained: parameters that replace the base's; others are copied bit by bit.
+      shard_gb: the largest file, in 10^9 bytes.
+
+    Returns:
+      the weight files.
+
+    Raises:
+      CheckpointError: a weight that the base does not have, or another shape than the base's.
+    """
+    folder, source = Path(path), resolve(base)
+    if folder.exists() and folder.samefile(source):
+        raise CheckpointError(f"{path} is the base itself; choose another folder to merge into")
+    family, config = read_config(source)
+    reader, known = Reader(source), names.places(family, config)
+    if config.tied:  # some tied checkpoints carry the output layer all the same: it follows the embedding
+        known["lm_head.weight"] = known["model.embed_tokens.weight"]
+    new, low = names.by_address(trained or {}), names.by_address(adapter or {})
+
+    def make(name: str) -> np.ndarray:
+        old = reader.read(name)
+        if name not in known:
+            return old
+        address, transposed = known[name]
+        module, full = address.path.removesuffix("/kernel"), np.dtype("float32")
+        result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
+        parts = [names.Address(f"{module}/{part}", address.layer) for part in ("a", "b", "scale")]
+        if address.path.endswith("/kernel") and parts[0] in low:
+            a, b, scale = (fetch(*low[part], transposed=False, dtype=full) for part in parts)
+            change = lora.delta(a, b, scale)
+            result = result.astype(full) + (change.T if transposed else change)
+        if result.shape != old.shape:
+            raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
+        return result.astype(old.dtype)
+
+    have = {known[name].address for name in reader.files if name in known}
+    changed = set(new) | {
+        names.Address(p.removesuffix("/a") + "/kernel", layer) for p, layer in low if p.endswith("/a")
+    }
+    if missing := sorted(changed - have, key=str):
+        raise CheckpointError(
+            f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"
+        )
+    tensors = [Tensor(n, reader.shape(n), reader.dtype(n), lambda n=n: make(n)) for n in reader.files]
+    files = write(folder, tensors, shard_gb=shard_gb)
+    _write_config(folder, read_json(source / "config.json"))
+    copy_companions(source, folder)
+    return files

@@ -1,0 +1,28 @@
+"""Objectives: a model and a loss make one function of variables and a batch.
+
+    Objective = (variables, batch, key | None) -> Sums
+
+Sums, never means: whoever adds several batches divides once. A key switches dropout on; None is for evaluation.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+
+from jaxsft import losses
+from jaxsft.models import Model
+from jaxsft.types import Key, Sums, Tokens
+
+Objective = Callable[[Mapping, Tokens, Key | None], Sums]
+
+
+def supervised(model: Model) -> Objective:
+    """Next-token prediction of the learned tokens: SFT, and pre-training where every token is learned."""
+
+    def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
+        targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)
+        features = model.features(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
+        lp = losses.logprobs(features, model.output(variables), targets, mask)
+        return Sums(losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), {})
+
+    return objective

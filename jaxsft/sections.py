@@ -1,0 +1,13 @@
+"""The sections of a run's configuration, each defined in the file that it configures; a script composes them."""
+
+from jaxsft.data import Config as Data
+from jaxsft.hub import Config as Model
+from jaxsft.hub import ExportConfig as Export
+from jaxsft.optim import Config as Optim
+from jaxsft.run import Config as Run
+from jaxsft.sample import Config as Sample
+from jaxsft.sharding import Config as Mesh
+from jaxsft.train import Config as Train
+from jaxsft.tuning import Config as Tuning
+
+__all__ = ["Data", "Export", "Mesh", "Model", "Optim", "Run", "Sample", "Train", "Tuning"]

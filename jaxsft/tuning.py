@@ -1,0 +1,113 @@
+"""What trains: LoRA, everything, or a part, each as a pattern over the addresses of the variables.
+
+lora      lora/.*/(a|b)              adapters beside a frozen base
+full      params/.*
+partial   params/blocks/6-7/.*       the last two of eight layers; the backward pass ends there
+          params/(.*norm/scale)      or whatever patterns say
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsft import lora, sharding, tree
+from jaxsft.lora import LoRA
+from jaxsft.tree import Pattern, Tree
+from jaxsft.types import Key
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which parameters learn."""
+
+    method: Literal["lora", "full", "partial"] = "lora"
+    """lora: low-rank adapters; full: every weight; partial: the layers or trainable patterns below"""
+    lora: LoRA = LoRA()
+    layers: int | None = None
+    """partial and lora: only the last n layers, or with a negative number only the first n"""
+    trainable: list[str] = field(default_factory=list)
+    """partial: regular expressions over addresses, such as blocks/.*/attn/.* or .*norm/scale"""
+
+
+class Plan(NamedTuple):
+    """A configuration, made concrete for a model of some depth."""
+
+    trainable: Pattern  # over the addresses of {"params": ..., "lora": ...}
+    cut: int | None  # the layer before which the stack is cut, so that the parts can differ
+    lora: LoRA | None
+
+
+def plan(config: Config, depth: int) -> Plan:
+    """Decides what trains in a model of `depth` layers.
+
+    Raises:
+      ValueError: settings that contradict each other or the model.
+
+    Example:
+      >>> plan(Config(method="partial", layers=2), 8)[:2]
+      (['params/blocks/6-7/.*'], 6)
+    """
+    if config.trainable and config.method != "partial":
+        raise ValueError(f"tuning.trainable is for tuning.method partial; the method is {config.method}")
+    stack, cut = ("", None) if config.layers is None else _stack(config.layers, depth)
+    match config.method:
+        case "full":
+            if stack:
+                raise ValueError("tuning.layers is for tuning.method lora or partial; the method is full")
+            return Plan("params/.*", None, None)
+        case "partial":
+            if not stack and not config.trainable:
+                raise ValueError("tuning.method partial needs tuning.layers or tuning.trainable")
+            patterns = [f"params/blocks/{stack}/.*"] if stack else []
+            return Plan(patterns + [f"params/({pattern})" for pattern in config.trainable], cut, None)
+        case _:
+            spec = config.lora
+            if stack:
+                inner = lora.ALL if spec.targets == "all" else spec.targets
+                spec = dataclasses.replace(spec, targets=f"(?=blocks/{stack}/)({inner})")
+            return Plan(lora.TRAINABLE, cut, spec)
+
+
+def _stack(layers: int, depth: int) -> tuple[str, int | None]:
+    if not 1 <= abs(layers) <= depth:
+        raise ValueError(f"tuning.layers is {layers}, but the model has {depth} layers; give 1 to {depth}, or negative")
+    if abs(layers) == depth:
+        return f"0-{depth - 1}", None
+    return (f"{depth - layers}-{depth - 1}", depth - layers) if layers > 0 else (f"0-{-layers - 1}", -layers)
+
+
+def apply(plan: Plan, params: Tree, key: Key, *, mesh: Mesh, rules: sharding.Rules) -> tuple[Tree, Tree]:
+    """Adds the adapter, if there is one, and splits the variables.
+
+    Args:
+      plan: from `plan`.
+      params: loaded with `cut=plan.cut, full_precision=plan.trainable`.
+      key: draws the adapter.
+      mesh, rules: where the adapter goes; the rules are those of the model's family.
+
+    Returns:
+      (trainable, frozen); `tree.combine` of the two are the model's variables.
+    """
+    variables: dict[str, Mapping] = {"params": params}
+    if plan.lora:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        make = functools.partial(lora.init, params=shapes, spec=plan.lora)
+        placed = sharding.shardings(jax.eval_shape(make, key), lora.rules(rules), mesh)
+        variables["lora"] = jax.jit(make, out_shardings=placed)(key)
+    return tree.partition(variables, plan.trainable)
+
+
+def describe(plan: Plan, trainable: Tree, frozen: Tree) -> dict[str, str]:
+    """What trains, in figures, for people."""
+    learns, rests = tree.count(trainable), tree.count(frozen)
+    named = [plan.trainable] if isinstance(plan.trainable, str) else plan.trainable
+    return {
+        "trains": " ".join(named),
+        "parameters that train": f"{learns:,} of {learns + rests:,} ({learns / (learns + rests):.2%})",
+        "arrays that train": f"{len(tree.flat(trainable))} of {len(tree.flat(trainable)) + len(tree.flat(frozen))}",
+    }
