@@ -1,0 +1,101 @@
+"""Supervised fine-tuning: teach a Hugging Face checkpoint your own dialogues.
+
+    python scripts/sft.py --config configs/quickstart.yaml
+    python scripts/sft.py --config configs/quickstart.yaml --data.train mine.jsonl --run.output_dir runs/mine
+
+Rows are {"instruction", "input", "output"} or {"messages": [{"role", "content"}, ...]}.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxsft import (
+    config,
+    data,
+    hub,
+    objectives,
+    report,
+    results,
+    run,
+    sample,
+    sections,
+    session,
+    sharding,
+    tree,
+    tuning,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A fine-tuning run."""
+
+    model: sections.Model = sections.Model()
+    tuning: sections.Tuning = sections.Tuning()
+    data: sections.Data = sections.Data()
+    optim: sections.Optim = sections.Optim()
+    train: sections.Train = sections.Train()
+    mesh: sections.Mesh = sections.Mesh()
+    run: sections.Run = sections.Run()
+    sample: sections.Sample = sections.Sample()
+    export: sections.Export = sections.Export()
+
+
+def main(cfg: Config) -> None:
+    # ---- where: the folder, the devices --------------------------------------------------------------------------
+    folder = run.start(cfg.run)
+    mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
+    key_lora = jax.random.key(cfg.train.seed)
+
+    # ---- what to learn from --------------------------------------------------------------------------------------
+    tokenizer = hub.load_tokenizer(cfg.model.path)
+    how = {"format": cfg.data.format, "max_length": cfg.data.max_length, "packing": cfg.data.packing}
+    rows, found = data.load(cfg.data.train, tokenizer, **how)
+    held_out = data.load(cfg.data.eval, tokenizer, **how)[0] if cfg.data.eval else None
+    report.summary("data", dict(found.lines()))
+
+    # ---- what learns ---------------------------------------------------------------------------------------------
+    family, shape = hub.read_config(hub.resolve(cfg.model.path))
+    plan = tuning.plan(cfg.tuning, shape.layers)
+    model, params = hub.load(
+        cfg.model.path,
+        mesh,
+        dtype=jnp.dtype(cfg.model.dtype),
+        full_precision=plan.trainable,
+        cut=plan.cut,
+        remat=cfg.model.remat,
+        lora_dropout=plan.lora.dropout if plan.lora else 0.0,
+    )
+    trainable, frozen = tuning.apply(plan, params, key_lora, mesh=mesh, rules=family.rules)
+    report.summary("model", tuning.describe(plan, trainable, frozen))
+
+    # ---- learn, and see what changed -----------------------------------------------------------------------------
+    asked = data.questions(cfg.data.eval, tokenizer, cfg.data.format, cfg.run.samples) if cfg.data.eval else []
+    stop = hub.stop_tokens(cfg.model.path, tokenizer)
+    ask = sample.asker(model, tokenizer, [question.ids for question in asked], stop, cfg.sample)
+    before = ask(tree.combine(trainable, frozen))
+    state = session.learn(
+        objectives.supervised(model),
+        trainable,
+        frozen,
+        rows,
+        held_out,
+        config=cfg.train,
+        optimizer=cfg.optim,
+        mesh=mesh,
+        folder=folder,
+        recorded=config.flat(cfg),
+    )
+    after = ask(tree.combine(state.trainable, frozen))
+
+    # ---- what it leaves ------------------------------------------------------------------------------------------
+    written = results.save(folder, cfg.model.path, plan, state.trainable, tokenizer=tokenizer, config=cfg.export)
+    samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
+    report.finish(folder, samples, written)
+
+
+if __name__ == "__main__":
+    run.guard(lambda: main(config.parse(Config)))
