@@ -99,7 +99,7 @@ class Log:
         columns += [
             TextColumn("{task.fields[speed]} tokens/s"),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
         ]
         with Progress(*columns, disable=not self.writes) as bar:
             task = bar.add_task(label, total=steps, completed=self.step, loss="-", speed="-")

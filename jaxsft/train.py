@@ -123,7 +123,7 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         metrics = {
             "loss": sums.loss / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "trained_tokens": sums.weight,
             **{name: value / weight for name, value in sums.metrics.items()},
         }

@@ -183,6 +183,7 @@ def write(folder: Path, tensors: Iterable[Tensor], *, shard_gb: float, single: s
             made = {t.name: np.ascontiguousarray(t.make()) for t in shard}
             if writes:
                 save_file(made, folder / f"{name}.part", metadata={"format": "pt"})
+                (folder / f"{name}.part").chmod(0o644)  # safetensors makes files that only their owner can read
                 os.replace(folder / f"{name}.part", folder / name)
         if writes and len(shards) > 1:
             total = sum(int(np.prod(t.shape)) * t.dtype.itemsize for shard in shards for t in shard)

@@ -1,0 +1,239 @@
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jaxsft
+from jaxsft import hub, lora
+from jaxsft.run import RunError, read_metrics
+
+ROOT = Path(__file__).parents[2]
+TIMED = "tokens_per_second"
+
+
+def arguments(model: str, rows: str, out: Path, **more) -> list[str]:
+    given = {
+        "model.path": model,
+        "data.train": rows,
+        "data.eval": rows,
+        "data.max_length": 64,
+        "tuning.lora.rank": 4,
+        "tuning.lora.dropout": 0.1,
+        "optim.learning_rate": 0.01,
+        "train.batch_size": 8,
+        "train.max_steps": 8,
+        "train.save_every": 2,
+        "train.eval_every": 4,
+        "run.output_dir": out,
+        "run.samples": 2,
+        "sample.max_new_tokens": 8,
+    } | {key.replace("__", "."): value for key, value in more.items()}
+    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
+
+
+def untimed(file: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != TIMED} for row in read_metrics(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(run_here, small, rows, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run_here("sft", *arguments(small, rows, out))
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished, small):
+    lines = read_metrics(finished / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    keys = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "trained_tokens"}
+    assert all(set(line) == keys for line in steps)
+    held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    assert [step for step, _ in held] == [0, 4, 8]
+    assert held[-1][1] < held[0][1]
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [4, 6, 8]
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        assert (finished / "merged" / name).is_file(), name
+
+
+def test_merged_answers_as_base_and_adapter_do(finished, small):
+    base, params = hub.load(small)
+    family, config = hub.read_config(Path(small))
+    adapter, spec = hub.load_adapter(str(finished / "adapter"), params, family=family, config=config)
+    assert spec.rank == 4
+    tokens = np.arange(40, dtype=np.int32).reshape(2, 20) * 7 % 2560
+    with_adapter = base.features({"params": params, "lora": adapter}, tokens)
+    merged, merged_params = hub.load(str(finished / "merged"))
+    np.testing.assert_allclose(merged.features({"params": merged_params}, tokens), with_adapter, atol=1e-5)
+    plain = base.features({"params": params}, tokens)
+    assert np.abs(np.asarray(plain - with_adapter)).max() > 1e-2
+
+
+def test_what_is_not_adapted_is_bitwise_the_base(finished, small):
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (small, finished / "merged"))
+    assert old.keys() == new.keys()
+    for name, value in old.items():
+        same = value.tobytes() == new[name].tobytes()
+        assert same != name.endswith("proj.weight"), name
+
+
+def test_merge_later_gives_the_same_files(finished, small, run_here, tmp_path):
+    run_here("merge", "--base", small, "--adapter", str(finished / "adapter"), "--out", str(tmp_path / "a"))
+    run_here("merge", "--checkpoint", str(finished / "checkpoints" / "8"), "--out", str(tmp_path / "c"))
+    wanted = (finished / "merged" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == wanted
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() == wanted
+    run_here("merge", "--checkpoint", str(finished / "checkpoints" / "4"), "--out", str(tmp_path / "d"))
+    assert (tmp_path / "d" / "model.safetensors").read_bytes() != wanted
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        pytest.param({"tuning__method": "full"}, lambda name: True, id="full"),
+        pytest.param({"tuning__method": "partial", "tuning__layers": 1}, lambda n: ".layers.1." in n, id="last layer"),
+        pytest.param(
+            {"tuning__method": "partial", "tuning__layers": -1}, lambda n: ".layers.0." in n, id="first layer"
+        ),
+        pytest.param(
+            {"tuning__method": "partial", "tuning__trainable": '["blocks/.*norm/scale"]'},
+            lambda name: "layernorm" in name,
+            id="norms by pattern",
+        ),
+        pytest.param({"tuning__layers": 1}, lambda n: ".layers.1." in n and "proj" in n, id="lora on the last layer"),
+    ],
+)
+def test_only_what_tuning_names_changes(more, changed, run_here, small, rows, tmp_path):
+    short = {"train__max_steps": 2, "optim__weight_decay": 0.1, "run__samples": 0, "train__eval_every": 0}
+    args = arguments(small, rows, tmp_path / "run", **short | more)
+    run_here("sft", *args)
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (small, tmp_path / "run" / "merged"))
+    differs = {name for name in old if old[name].tobytes() != new[name].tobytes()}
+    assert differs == {name for name in old if changed(name)}
+    assert (tmp_path / "run" / "adapter").exists() == ("tuning__method" not in more)
+
+
+def same_as(finished: Path, other: Path) -> None:
+    assert untimed(other / "metrics.jsonl") == untimed(finished / "metrics.jsonl")
+    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (other / file).read_bytes() == (finished / file).read_bytes(), file
+
+
+def kill_and_resume(spawn, args: list[str], out: Path, kills: int, seed: int) -> list[int]:
+    """Starts a run again and again and kills it at a random moment after it has begun to train; returns the steps."""
+    draw, reached = random.Random(seed), []
+    for _ in range(kills):
+        before = len(read_metrics(out / "metrics.jsonl")) if out.exists() else 0
+        process = spawn("sft", *args, "--run.resume", "true")
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().split("\n")) - 1 != before:
+                break
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached.append(max((row["step"] for row in read_metrics(out / "metrics.jsonl")), default=0))
+    process = spawn("sft", *args, "--run.resume", "true")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return reached
+
+
+def uninterrupted(spawn, args: list[str]) -> None:
+    process = spawn("sft", *args)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+
+
+def test_a_killed_and_resumed_run_ends_bitwise_equal(spawn, small, rows, tmp_path):
+    more = {"train__max_steps": 12, "train__save_every": 1, "train__eval_every": 3}
+    uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
+    kill_and_resume(spawn, arguments(small, rows, tmp_path / "killed", **more), tmp_path / "killed", kills=2, seed=0)
+    same_as(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(900)
+def test_ten_kills_at_random_moments_change_nothing(spawn, small, rows, tmp_path):
+    more = {"train__max_steps": 200, "train__save_every": 1, "train__eval_every": 50}
+    uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
+    args = arguments(small, rows, tmp_path / "killed", **more)
+    reached = kill_and_resume(spawn, args, tmp_path / "killed", kills=10, seed=1)
+    assert len([step for step in reached if 0 < step < 200]) >= 8, f"the kills came too late or too early: {reached}"
+    same_as(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, small, rows, run_here):
+    before = untimed(finished / "metrics.jsonl")
+    run_here("sft", *arguments(small, rows, finished), "--run.resume", "true")
+    assert untimed(finished / "metrics.jsonl") == before
+
+
+def test_a_folder_with_another_run_is_not_touched(finished, small, rows, run_here):
+    with pytest.raises(RunError, match=r"holds another run.*--run.resume true.*--run.overwrite true"):
+        run_here("sft", *arguments(small, rows, finished))
+    assert (finished / "merged").exists()
+
+
+def test_resuming_with_another_configuration_names_the_key(finished, small, rows, run_here):
+    args = arguments(small, rows, finished, optim__learning_rate=0.02, train__seed=7)
+    with pytest.raises(RunError, match=r"optim.learning_rate is 0.02, was 0.01; train.seed is 7, was 0"):
+        run_here("sft", *args, "--run.resume", "true")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(run_here, small, rows, tmp_path):
+    args = arguments(small, rows, tmp_path / "run", optim__learning_rate=1e30, optim__clip=0, train__save_every=1)
+    with pytest.raises(RunError, match=r"step \d+: loss .*Nothing was saved since the last good checkpoint"):
+        run_here("sft", *args)
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    good = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert saved == good[-1:] or max(saved) <= max(good)
+    assert not (tmp_path / "run" / "merged").exists()
+
+
+def test_a_batch_that_the_mesh_cannot_share_is_refused(run_here, small, rows, tmp_path):
+    with pytest.raises(RunError, match=r"train.batch_size is 6; it must divide by .* = 1 x 8 x 1"):
+        run_here("sft", *arguments(small, rows, tmp_path / "run", train__batch_size=6))
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_stops_with_the_remedy(spawn, small, rows, tmp_path):
+    """A limit on the size of files stands in for the full disk: weights do not fit, metrics do."""
+    (tmp_path / "limited.py").write_text(LIMITED)
+    args = arguments(small, rows, tmp_path / "run", train__save_every=1, run__samples=0)
+    process = spawn(tmp_path / "limited.py", str(ROOT / "scripts" / "sft.py"), *args)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    for part in ("could not save a checkpoint", "Is the disk full?", "--run.resume true"):
+        assert part in " ".join(output.split()), output
+
+
+def test_the_step_zero_output_is_the_base(small):
+    model, params = hub.load(small)
+    adapter = lora.init(jax.random.key(0), params, jaxsft.LoRA(rank=4))
+    tokens = np.arange(12, dtype=np.int32)[None]
+    base = model.features({"params": params}, tokens)
+    np.testing.assert_array_equal(model.features({"params": params, "lora": adapter}, tokens), base)
+
+
+def test_the_quickstart_rows_hold_the_promised_one():
+    file = Path(jaxsft.__file__).parent / "assets" / "quickstart" / "train.jsonl"
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert {"instruction": "请问你是谁", "input": "", "output": "您好我是微调后的大模型"} in found
