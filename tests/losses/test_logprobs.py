@@ -1,0 +1,150 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import losses
+
+B, T, D, V = 3, 7, 5, 11
+MASKS = {
+    "all": np.ones((B, T), bool),
+    "ragged": np.array([[1, 0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]], bool),
+    "an empty row": np.array([[0, 1, 1, 0, 1, 0, 0], [0] * 7, [1, 0, 0, 0, 0, 0, 1]], bool),
+    "nothing": np.zeros((B, T), bool),
+}
+
+
+def arrays(dtype=jnp.float32):
+    """(features, table, targets, weights of each token's log-probability)."""
+    draw = np.random.default_rng(0)
+    features, table = draw.normal(size=(B, T, D)), 2 * draw.normal(size=(V, D))
+    targets, weights = draw.integers(0, V, (B, T)), draw.normal(size=(B, T))
+    return jnp.asarray(features, dtype), jnp.asarray(table, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
+
+
+def reference(features, table, targets, mask):
+    """With the whole [B, T, V] array."""
+    every = jax.nn.log_softmax(features.astype(jnp.float32) @ table.T, axis=-1)
+    return jnp.where(mask, jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0], 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def pull(trains, chunk, features, table, targets, mask, weights):
+    """(lp, gradients of the weighted sum of lp) with the code under test, or the reference where chunk is None."""
+    lp = reference if chunk is None else functools.partial(losses.logprobs, chunk=chunk)
+    given = {"features": features, "table": table}
+    total = lambda learned: (lp(**(given | learned), targets=targets, mask=mask) * weights).sum()
+    return lp(features, table, targets, mask), jax.grad(total)({name: given[name] for name in trains})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shift_pairs_each_token_with_the_next_of_its_document(seed):
+    draw = np.random.default_rng(seed)
+    tokens, mask = draw.integers(1, 99, (4, 12)), draw.integers(0, 2, (4, 12)).astype(bool)
+    segments = np.sort(draw.integers(1, 4, (4, 12)), axis=1)
+    segments[:, 12 - seed :] = 0
+    mask &= segments > 0
+    targets, learned = losses.shift(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(segments))
+    count = 0
+    for b in range(4):
+        for t in range(12):
+            follows = t + 1 < 12 and segments[b, t] == segments[b, t + 1] > 0
+            assert bool(learned[b, t]) == bool(follows and mask[b, t + 1])
+            if follows:
+                assert targets[b, t] == tokens[b, t + 1]
+            count += bool(follows and mask[b, t + 1])
+    assert int(learned.sum()) == count
+
+
+def test_a_documents_first_token_and_padding_are_never_learned():
+    segments = jnp.array([[1, 1, 2, 3, 0, 0]])
+    learned = losses.shift(jnp.arange(6)[None], jnp.ones((1, 6), bool), segments)[1]
+    assert learned.astype(int).tolist() == [[1, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("trains", [("features",), ("features", "table"), ("table",)])
+@pytest.mark.parametrize("chunk", [1, 6, 9, 1000])
+def test_values_and_gradients_equal_those_of_log_softmax(trains, chunk):
+    features, table, targets, weights = arrays()
+    for mask in MASKS.values():
+        given = features, table, targets, jnp.asarray(mask), weights
+        (lp, grads), (expected, slopes) = pull(trains, chunk, *given), pull(trains, None, *given)
+        np.testing.assert_allclose(lp, expected, atol=2e-6)
+        assert not np.any(np.asarray(lp)[~mask])
+        for name in trains:
+            np.testing.assert_allclose(grads[name], slopes[name], atol=1e-5)
+
+
+def test_a_row_without_learned_tokens_gives_zero_and_no_nan():
+    features, table, targets, weights = arrays()
+    features = features.at[1].set(jnp.inf)  # what a masked row holds must not matter
+    lp, grads = pull(("features", "table"), 6, features, table, targets, jnp.asarray(MASKS["an empty row"]), weights)
+    assert np.all(np.isfinite(lp))
+    assert not np.any(lp[1])
+    assert not np.any(grads["features"][1])
+    assert np.all(np.isfinite(grads["table"]))
+
+
+def test_bfloat16_features_have_float32_log_probabilities():
+    features, table, targets, weights = arrays(jnp.bfloat16)
+    mask = jnp.asarray(MASKS["ragged"])
+    rounded = table.astype(jnp.bfloat16).astype(jnp.float32)
+    given = targets, mask, weights
+    for trains in (("features",), ("features", "table")):
+        lp, grads = pull(trains, 6, features, table, *given)
+        expected, slopes = pull(trains, None, features, rounded, *given)
+        assert lp.dtype == jnp.float32
+        np.testing.assert_allclose(lp, expected, atol=1e-5)  # products of bfloat16 are exact in float32
+        for name in trains:
+            assert grads[name].dtype == (jnp.bfloat16 if name == "features" else jnp.float32)
+            np.testing.assert_allclose(grads[name].astype(jnp.float32), slopes[name], rtol=0.03, atol=0.03)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_target():
+    features, table = jnp.full((1, 2, 1), 1e4), jnp.array([[1.0], [0.0], [-1.0]])
+    lp = losses.logprobs(features, table, jnp.array([[0, 2]]), jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(lp, [[0.0, -2e4]])
+
+
+@pytest.mark.parametrize("trains", [(0,), (0, 1)])
+def test_no_buffer_grows_with_tokens_times_vocabulary(trains):
+    vocabulary, width, chunk = 32_000, 8, 32
+
+    def temporary(length):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in [
+                ((2, length, width), jnp.float32),
+                ((vocabulary, width), jnp.float32),
+                ((2, length), jnp.int32),
+                ((2, length), jnp.bool_),
+            ]
+        ]
+        total = lambda *given: losses.logprobs(*given, chunk=chunk).sum()
+        return jax.jit(jax.grad(total, trains)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(256), temporary(1024)
+    whole = 2 * 1024 * vocabulary * 4
+    assert long < whole / 10
+    assert long - short < 2 * (1024 - 256) * width * 4 * 20  # what grows is the size of the features
+
+
+def test_the_loss_sums_to_the_negative_log_likelihood_of_the_learned_tokens():
+    features, table, targets, _ = arrays()
+    mask = MASKS["ragged"]
+    lp = losses.logprobs(features, table, targets, jnp.asarray(mask))
+    loss = losses.sft(lp, jnp.asarray(mask))
+    total = 0.0
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        scores = np.asarray(features, np.float64)[b, t] @ np.asarray(table, np.float64).T
+        total -= scores[targets[b, t]] - np.log(np.exp(scores).sum())
+    np.testing.assert_allclose(loss.sum(), total, rtol=1e-6)
+    assert loss.shape == (B, T)
+    assert not np.any(np.asarray(loss)[~mask])
+
+
+def test_the_loss_ignores_what_is_not_learned_even_if_it_is_not_finite():
+    loss = losses.sft(jnp.array([[-1.0, -jnp.inf, jnp.nan]]), jnp.array([[True, False, False]]))
+    assert loss.tolist() == [[1.0, 0.0, 0.0]]

@@ -1,0 +1,117 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft.models import attention
+from jaxsft.models.attention import NO_WINDOW, Where, attend, visible
+
+
+def where(*rows):
+    """Rows given as the lengths of their documents, a negative one for padding -> Where."""
+    width = sum(map(abs, rows[0]))
+    positions, segments = np.zeros((2, len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        start = 0
+        for number, length in enumerate(row, 1):
+            here = slice(start, start + abs(length))
+            positions[i, here] = np.arange(abs(length)) if length > 0 else 0
+            segments[i, here] = number if length > 0 else 0
+            start += abs(length)
+    return Where(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def seen(query, key, window):
+    """visible() by a triple loop over Python numbers."""
+    qp, qs, kp, ks = (np.asarray(x).tolist() for x in (*query, *key))
+    found = np.zeros((len(qp), len(qp[0]), len(kp[0])), bool)
+    for b, t, s in np.ndindex(found.shape):
+        same, past = qs[b][t] == ks[b][s], kp[b][s] <= qp[b][t]
+        found[b, t, s] = same and past and qp[b][t] - kp[b][s] < window
+    return found
+
+
+def heads(seed, T, N, S=None, K=None, H=4, B=2):
+    draw = np.random.default_rng(seed)
+    shapes = [(B, T, N, H), (B, S or T, K or N, H), (B, S or T, K or N, H)]
+    return [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def plain(q, k, v, mask):
+    """Softmax attention, a query at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out, group = np.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, t, n in np.ndindex(q.shape[:3]):
+        keys = np.flatnonzero(mask[b, t])
+        scores = k[b, keys, n // group] @ q[b, t, n] / np.sqrt(q.shape[3])
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = (weights / weights.sum()) @ v[b, keys, n // group]
+    return out
+
+
+ROWS = where([3, 4, -2], [1, 2, 6])
+FORMS = functools.partial(jax.jit, static_argnames="ordered")(attend)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, NO_WINDOW])
+def test_visible_equals_a_triple_loop(window):
+    np.testing.assert_array_equal(visible(ROWS, ROWS, window), seen(ROWS, ROWS, window))
+
+
+@pytest.mark.parametrize("window", [2, NO_WINDOW])
+def test_visible_between_queries_and_a_longer_cache_equals_a_triple_loop(window):
+    query = Where(jnp.array([[4], [7]]), jnp.array([[1], [1]]))
+    slots = Where(jnp.tile(jnp.arange(9), (2, 1)), jnp.ones((2, 9), jnp.int32))
+    np.testing.assert_array_equal(visible(query, slots, window), seen(query, slots, window))
+
+
+def test_a_token_sees_itself_even_where_it_is_padding():
+    assert np.asarray(visible(ROWS, ROWS, 1)).diagonal(axis1=1, axis2=2).all()
+
+
+@pytest.mark.parametrize("window", [3, NO_WINDOW])
+@pytest.mark.parametrize(("n", "kv"), [(4, 4), (4, 2), (3, 1)])
+def test_attend_equals_a_plain_softmax_loop_in_both_forms(n, kv, window):
+    q, k, v = heads(n + kv, 9, n, K=kv)
+    expected = plain(q, k, v, seen(ROWS, ROWS, window))
+    for ordered in (False, True):
+        np.testing.assert_allclose(FORMS(q, k, v, ROWS, ROWS, window, ordered=ordered), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [70, NO_WINDOW])
+def test_rows_of_several_blocks_equal_the_plain_loop_and_have_the_same_gradients(window):
+    long = where([300], [100, 150, 30, -20])
+    assert 2 * attention.BLOCK < 300
+    assert 300 % attention.BLOCK
+    q, k, v = heads(0, 300, 2, K=1)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def pull(qkv, ordered):
+        out, back = jax.vjp(lambda *qkv: attend(*qkv, long, long, window, ordered=ordered), *qkv)
+        return out, back(weights)
+
+    ordered, unordered = pull((q, k, v), True), pull((q, k, v), False)
+    np.testing.assert_allclose(ordered[0], plain(q, k, v, seen(long, long, window)), atol=5e-6)
+    for ours, other in zip(ordered[1], unordered[1], strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-5)
+        assert float(jnp.abs(ours).max()) > 0.1
+
+
+def test_rows_longer_than_all_blocks_get_wider_blocks():
+    T = attention.BLOCK * attention.MOST_BLOCKS + 1
+    shapes = [jax.ShapeDtypeStruct((1, T, 1, 4), jnp.float32)] * 3
+    place = Where(*[jax.ShapeDtypeStruct((1, T), jnp.int32)] * 2)
+    run = functools.partial(attend, ordered=True)
+    program = jax.make_jaxpr(run)(*shapes, place, place)
+    blocks = sum(equation.primitive.name == "checkpoint" for equation in program.eqns)
+    assert 0 < blocks <= attention.MOST_BLOCKS
+
+
+def test_the_softmax_is_float32_whatever_the_heads_are():
+    q, k, v = (x.astype(jnp.bfloat16) for x in heads(3, 9, 2))
+    out = FORMS(q, k, v, ROWS, ROWS, ordered=True)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), plain(q, k, v, seen(ROWS, ROWS, 99)), atol=0.02)

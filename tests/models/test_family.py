@@ -1,0 +1,174 @@
+import dataclasses
+
+import pytest
+
+from jaxsft import models
+from jaxsft.models import FAMILIES, family_of
+from jaxsft.models.rope import Rope
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 6}
+QWENS = ["qwen2", "qwen3"]
+
+
+def read(family, **keys):
+    return FAMILIES[family].read_config({**SHAPE, "model_type": family, **keys})
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_a_config_reads_into_the_shape_it_describes(family):
+    found = read(family, head_dim=16, tie_word_embeddings=True, hidden_act="gelu")
+    expected = (96, 32, 48, 4, 4, 2, 16, 256)
+    assert dataclasses.astuple(found)[:8] == expected
+    assert (found.norm_eps, found.tied, found.activation) == (1e-5, True, "gelu")
+    assert (found.qkv_bias, found.qk_norm) == (family == "qwen2", family == "qwen3")
+    assert found.windows is None
+
+
+def test_keys_that_a_config_leaves_out_take_the_familys_defaults(family):
+    sparse = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "hidden_act", "rms_norm_eps")}
+    found = FAMILIES[family].read_config({**sparse, "model_type": family})
+    assert (found.kv_heads, found.activation, found.norm_eps) == (4, "silu", 1e-6)
+    assert found.head_dim == (128 if family == "qwen3" else 8)
+    assert found.rope == Rope(theta=10_000.0)
+    assert not found.tied
+
+
+def test_bookkeeping_keys_are_harmless(family):
+    keys = {"architectures": ["X"], "torch_dtype": "bfloat16", "bos_token_id": 1, "transformers_version": "4.50.0"}
+    assert read(family, **keys) == read(family)
+
+
+def test_an_unknown_key_is_named_with_its_value(family):
+    with pytest.raises(ValueError, match=rf"'{family}' has keys this family does not know: 'logit_softcap' = 30.0"):
+        read(family, logit_softcap=30.0)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_a_missing_key_is_named_with_one_that_may_mean_it(family, key):
+    config = {k: v for k, v in SHAPE.items() if k != key} | {"model_type": family, f"n_{key}": 4}
+    with pytest.raises(ValueError, match=f"has no '{key}', which '{family}' models need; did 'n_{key}' mean it?"):
+        FAMILIES[family].read_config(config)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", None])
+def test_an_unknown_model_type_lists_the_known_ones(kind):
+    with pytest.raises(ValueError, match=f"model_type {kind!r} is not supported; supported are llama, mistral, qwen2"):
+        family_of({"model_type": kind})
+
+
+def test_a_known_model_type_gives_its_family(family):
+    assert family_of({"model_type": family}) is FAMILIES[family]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+        (
+            {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_theta": 100.0, "rope_type": "linear", "factor": 4.0},
+        ),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                },
+            },
+            {
+                "rope_theta": 5e5,
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+    ],
+)
+def test_rope_settings_of_transformers_4_and_5_agree(family, old, new):
+    first, second = read(family, **old).rope, read(family, rope_parameters=new).rope
+    assert first == second
+    assert first.theta == old["rope_theta"]
+    assert first.factor == new.get("factor", 1.0)
+    assert first.original_max_position == new.get("original_max_position_embeddings", 8192)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_an_unknown_rope_type_is_refused(family, kind, key):
+    with pytest.raises(ValueError, match=f"asks for rope type '{kind}'; known are default, linear, llama3"):
+        read(family, **{key: {"rope_type": kind, "factor": 2.0}})
+
+
+def test_an_unknown_rope_setting_is_refused(family):
+    with pytest.raises(ValueError, match="rope settings have keys that are not known: beta_fast"):
+        read(family, rope_scaling={"rope_type": "linear", "factor": 2.0, "beta_fast": 32})
+
+
+def test_biases_follow_the_config():
+    found = read("llama", attention_bias=True, mlp_bias=True)
+    assert (found.qkv_bias, found.out_bias, found.mlp_bias) == (True, True, True)
+    assert (read("qwen2").qkv_bias, read("qwen2").out_bias) == (True, False)
+    assert (read("qwen3", attention_bias=True).qkv_bias, read("qwen3", attention_bias=True).out_bias) == (True, True)
+
+
+def test_mistral_has_its_window_on_every_layer_or_on_none():
+    assert read("mistral", sliding_window=6).windows == (6, 6, 6, 6)
+    assert read("mistral", sliding_window=None).windows is None
+
+
+@pytest.mark.parametrize("family", QWENS)
+def test_layer_types_say_which_layers_have_the_window(family):
+    types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    assert read(family, layer_types=types, **WINDOWED).windows == (None, 6, None, 6)
+    assert read(family, max_window_layers=3, **WINDOWED).windows == (None, None, None, 6)
+    assert read(family, max_window_layers=0, sliding_window=6, use_sliding_window=False).windows is None
+
+
+@pytest.mark.parametrize("family", QWENS)
+def test_layer_types_must_be_known_and_as_many_as_layers(family):
+    with pytest.raises(ValueError, match="layer types that are not known: linear_attention"):
+        read(family, layer_types=["full_attention"] * 3 + ["linear_attention"])
+    with pytest.raises(ValueError, match="names 3 layer types for 4 layers"):
+        read(family, layer_types=["full_attention"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"), [("llama", "rope_interleaved", True), ("qwen2", "use_mrope", True)]
+)
+def test_a_key_known_at_one_value_only_is_refused_at_another(family, key, value):
+    assert read(family, **{key: not value}) == read(family)
+    with pytest.raises(ValueError, match=f"sets '{key}' to {value!r}; only False is supported for this family"):
+        read(family, **{key: value})
+
+
+def test_every_familys_names_are_distinct_and_stacked_where_they_have_a_layer(family):
+    names = FAMILIES[family].names
+    assert len({n.path for n in names}) == len({n.hf for n in names}) == len(names)
+    for name in names:
+        assert name.path.startswith("blocks/") == ("{layer}" in name.hf)
+        assert name.transposed == name.path.endswith("/kernel")
+
+
+def test_the_registry_is_what_the_models_module_lists():
+    assert set(models.FAMILIES) >= {"llama", "mistral", "qwen2", "qwen3"}

@@ -1,0 +1,167 @@
+"""One tiny random model twice: in torch, by transformers' own classes, and here, by `hub.load` of what torch saved."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import hub, models
+from jaxsft.models import Family, Model
+from jaxsft.tree import Tree
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+torch.set_num_threads(1)  # the models are tiny and the cores few
+
+# Of random weights. Logits then have a deviation of about 1, and attention is neither flat nor a choice of one key. At
+# 0.2 the network amplifies the last bit of transformers' float32 rope frequencies (ours are rounded from float64) to
+# 1.2e-4 after 160 tokens in the worst case; with its frequencies in our decoder a fifth of that was left.
+SIZE = 0.15
+VOCAB = 96
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # small, so that slow, blended and fast waves all occur
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
+MIXED = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_hidden_layers": 4}
+
+# name: (config class of transformers, what differs from SHAPE)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha-untied": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-gqa-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-rope-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
+    "llama-rope-llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "llama-wide-heads": ("LlamaConfig", {"head_dim": 20}),
+    "mistral-no-window": ("MistralConfig", {"sliding_window": None}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 11}),
+    "qwen2-untied": ("Qwen2Config", {}),
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-mixed-windows": ("Qwen2Config", MIXED),
+    "qwen3-untied": ("Qwen3Config", {"head_dim": 16}),
+    "qwen3-tied": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3Config", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-mixed-windows": ("Qwen3Config", {"head_dim": 16, **MIXED}),
+}
+
+
+class Pair(NamedTuple):
+    """The same weights on both sides."""
+
+    name: str
+    folder: Path  # what save_pretrained wrote
+    theirs: Any  # the torch model; never written to, see `fresh`
+    model: Model
+    params: Tree
+    family: Family
+
+    def fresh(self) -> Any:
+        """A torch model of one's own, for PEFT and training, which change it in place."""
+        return copy.deepcopy(self.theirs)
+
+
+def make(name: str, folder: Path) -> Pair:
+    """Makes a random torch model, saves it, and loads it here."""
+    kind, options = CASES[name]
+    config = getattr(transformers, kind)(**{**SHAPE, **options})
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    with torch.no_grad():
+        for path, weight in theirs.named_parameters():  # also the biases and norms, which would start at 0 and 1
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if "norm" in path else SIZE * noise)
+    theirs.save_pretrained(folder)
+    model, params = hub.load(str(folder))
+    return Pair(name, folder, theirs, model, params, models.FAMILIES[config.model_type])
+
+
+def documents(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+    """Random documents of the given lengths."""
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, VOCAB, n, dtype=np.int32) for n in lengths]
+
+
+class Packed(NamedTuple):
+    """Rows of documents, each [B, T], and where each document lies."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    places: list[tuple[int, slice]]  # row and columns of each document, in order
+
+
+def pack(rows: Sequence[Sequence[np.ndarray]], width: int) -> Packed:
+    """Lays documents into rows one after the other; the rest of a row is padding, segment 0."""
+    tokens, positions, segments = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    places = []
+    for i, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row, 1):
+            here = slice(start, start + len(document))
+            tokens[i, here], positions[i, here], segments[i, here] = document, np.arange(len(document)), number
+            places.append((i, here))
+            start = here.stop
+    return Packed(tokens, positions, segments, places)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ours(model: Model, variables, tokens, positions=None, segments=None):
+    """Logits [B, T, V] of our model, float32."""
+    return models.logits(model, variables, model.features(variables, tokens, positions, segments))
+
+
+def theirs(model: Any, tokens: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+    """Logits [B, T, V] of a torch model, float32."""
+    mask = None if attention_mask is None else torch.tensor(attention_mask)
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(tokens, dtype=torch.long), attention_mask=mask, use_cache=False)
+    return out.logits.float().numpy()
+
+
+def load_torch(folder: Path | str, dtype: str = "auto") -> Any:
+    """Reads a checkpoint with transformers and insists that it is complete.
+
+    In bfloat16 too its rope frequencies stay float32; those of `model.to(torch.bfloat16)` would not.
+
+    Raises:
+      AssertionError: keys are missing, left over or of another shape.
+    """
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), output_loading_info=True, attn_implementation="eager", dtype=dtype
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def random_adapter(key: jax.Array, adapter: Tree, size: float) -> Tree:
+    """Gives A and B random values; a fresh B is zero and would hide everything."""
+    leaves, shape = jax.tree.flatten(adapter)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        x if x.ndim < 3 else size * jax.random.normal(k, x.shape, jnp.float32)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(shape, drawn)

@@ -1,0 +1,99 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxsft import models, sharding, tree
+from jaxsft.hub import shapes
+from jaxsft.models import DecoderConfig
+
+RULES = (("embed/table", P("tensor", "fsdp")), (".*/kernel", P(None, "fsdp", "tensor")), ("norm/.*", P(None)))
+FULL = DecoderConfig(
+    96, 32, 48, 4, heads=4, kv_heads=2, head_dim=8, max_position=64, qkv_bias=True, out_bias=True, mlp_bias=True,
+    qk_norm=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return sharding.mesh(2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, 1, -1), (2, 1, 4)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((-1, 8, 1), (1, 8, 1)),
+    ],
+)
+def test_minus_one_takes_the_devices_that_are_left(lengths, expected):
+    mesh = sharding.mesh(*lengths)
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == expected
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_a_mesh_may_be_of_some_devices():
+    mesh = sharding.mesh(1, 2, -1, devices=jax.devices()[2:6])
+    assert mesh.devices.shape == (1, 2, 2)
+    assert list(mesh.devices.flat) == jax.devices()[2:6]
+
+
+@pytest.mark.parametrize("lengths", [(-1, -1, 1), (3, 1, -1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1)])
+def test_lengths_that_do_not_fit_the_devices_are_refused(lengths):
+    with pytest.raises(ValueError, match="does not fit 8 devices; the product must divide it, one axis may be -1"):
+        sharding.mesh(*lengths)
+
+
+def test_a_mesh_that_leaves_devices_idle_is_refused():
+    with pytest.raises(ValueError, match="data 2 x fsdp 1 x tensor 2 uses 4 of 8 devices; set one axis to -1"):
+        sharding.mesh(2, 1, 2)
+
+
+def test_the_first_rule_that_matches_the_whole_path_decides(cube):
+    rules = (("a/.*", P("fsdp")), (".*/x", P("tensor")))
+    assert sharding.spec("a/x", (4,), rules, cube) == P("fsdp")
+    assert sharding.spec("b/x", (4,), rules, cube) == P("tensor")
+
+
+def test_an_axis_that_does_not_divide_a_dimension_is_left_out_there(cube):
+    assert sharding.spec("q/kernel", (5, 6, 7), RULES, cube) == P(None, "fsdp", None)
+    assert sharding.spec("q/kernel", (4, 3, 8), RULES, cube) == P(None, None, "tensor")
+
+
+def test_a_leaf_without_a_rule_raises(cube):
+    with pytest.raises(ValueError, match=r"no sharding rule for x/weight \(2, 2\); add one to FAMILY.rules"):
+        sharding.shardings({"x": {"weight": np.zeros((2, 2))}}, RULES, cube)
+
+
+def test_a_rule_of_another_number_of_dimensions_raises(cube):
+    with pytest.raises(ValueError, match=r"'norm/\.\*' has 1 dimensions, but norm/w has shape \(2, 2\)"):
+        sharding.spec("norm/w", (2, 2), RULES, cube)
+
+
+def test_each_device_holds_its_slice_of_an_array(cube):
+    table = np.arange(8 * 6).reshape(8, 6)
+    placed = jax.device_put(table, sharding.shardings({"embed": {"table": table}}, RULES, cube)["embed"]["table"])
+    for d, f, t in np.ndindex(2, 2, 2):
+        (shard,) = [s for s in placed.addressable_shards if s.device == cube.devices[d, f, t]]
+        np.testing.assert_array_equal(shard.data, table[4 * t : 4 * t + 4, 3 * f : 3 * f + 3])
+
+
+def test_a_batch_is_cut_by_rows_over_data_and_fsdp(cube):
+    rows = jax.device_put(np.arange(8 * 3).reshape(8, 3), sharding.rows(cube))
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
+    assert jax.device_put(np.arange(3), sharding.whole(cube)).is_fully_replicated
+    assert sharding.of({"x": rows})["x"] == sharding.rows(cube)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_the_rules_of_a_family_cover_every_leaf_and_cut_every_matrix(family, cube):
+    leaves = tree.flat(shapes(FULL, cut=2))
+    placed = tree.flat(sharding.shardings(tree.nest(leaves), models.FAMILIES[family].rules, cube))
+    assert set(placed) == set(leaves)
+    for path in leaves:
+        cut = {axis for axis in placed[path].spec if axis}
+        if path.endswith(("kernel", "table")):
+            assert cut == {"fsdp", "tensor"}, path

@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import lora, models, sharding, tree, tuning
+from jaxsft.lora import LoRA
+from jaxsft.models import split
+from jaxsft.tuning import Config
+
+DEPTH = 4
+RULES = models.FAMILIES["llama"].rules
+KERNELS = {"attn/q": (8, 8), "attn/o": (8, 8), "mlp/down": (12, 8)}
+
+
+def params(cut=None):
+    stack = {f"blocks/0-3/{name}/kernel": jnp.zeros((DEPTH, *shape)) for name, shape in KERNELS.items()}
+    stack |= {"blocks/0-3/attn/q/bias": jnp.zeros((DEPTH, 8)), "blocks/0-3/attn_norm/scale": jnp.ones((DEPTH, 8))}
+    whole = tree.nest({"embed/table": jnp.zeros((16, 8)), **stack, "norm/scale": jnp.ones(8)})
+    return whole if cut is None else split(whole, cut)
+
+
+def learns(config):
+    """(addresses that learn, addresses that rest, cut) of a configuration on a model of four layers."""
+    plan = tuning.plan(config, DEPTH)
+    made = tuning.apply(plan, params(plan.cut), jax.random.key(0), mesh=sharding.mesh(2, 2, 2), rules=RULES)
+    trains, rests = (set(tree.flat(part)) for part in made)
+    assert set(tree.flat(params(plan.cut))) <= {p.removeprefix("params/") for p in trains | rests}
+    return trains, rests, plan.cut
+
+
+def stack(span, kinds=("attn/q/kernel", "attn/o/kernel", "mlp/down/kernel", "attn/q/bias", "attn_norm/scale")):
+    return {f"params/blocks/{span}/{kind}" for kind in kinds}
+
+
+def adapters(span, layers=tuple(KERNELS)):
+    return {f"lora/blocks/{span}/{layer}/{part}" for layer in layers for part in "ab"}
+
+
+def test_full_tuning_trains_every_parameter_and_cuts_nothing():
+    trains, rests, cut = learns(Config(method="full"))
+    assert trains == {f"params/{p}" for p in tree.flat(params())}
+    assert (rests, cut) == (set(), None)
+
+
+@pytest.mark.parametrize(("layers", "cut", "span", "other"), [
+    (1, 3, "3-3", "0-2"),
+    (3, 1, "1-3", "0-0"),
+    (-1, 1, "0-0", "1-3"),
+    (-3, 3, "0-2", "3-3"),
+])  # fmt: skip
+def test_partial_tuning_trains_the_last_or_the_first_layers(layers, cut, span, other):
+    trains, rests, at = learns(Config(method="partial", layers=layers))
+    assert at == cut
+    assert trains == stack(span)
+    assert rests == stack(other) | {"params/embed/table", "params/norm/scale"}
+
+
+@pytest.mark.parametrize("layers", [4, -4])
+def test_all_layers_need_no_cut(layers):
+    trains, rests, cut = learns(Config(method="partial", layers=layers))
+    assert (trains, rests, cut) == (stack("0-3"), {"params/embed/table", "params/norm/scale"}, None)
+
+
+def test_patterns_train_exactly_what_they_match():
+    trains, _, cut = learns(Config(method="partial", trainable=[".*norm/scale", "embed/.*"]))
+    assert trains == {"params/norm/scale", "params/blocks/0-3/attn_norm/scale", "params/embed/table"}
+    assert cut is None
+
+
+def test_layers_and_patterns_add_up():
+    trains, *_ = learns(Config(method="partial", layers=2, trainable=["norm/scale"]))
+    assert trains == stack("2-3") | {"params/norm/scale"}
+
+
+def test_a_pattern_with_alternatives_stays_one_pattern():
+    trains, *_ = learns(Config(method="partial", trainable=["norm/scale|embed/table"]))
+    assert trains == {"params/norm/scale", "params/embed/table"}
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match="matches no leaf"):
+        learns(Config(method="partial", trainable=["norm/scale", "head/.*"]))
+
+
+def test_lora_trains_a_and_b_of_every_kernel_and_nothing_of_the_base():
+    trains, rests, cut = learns(Config(lora=LoRA(rank=2)))
+    assert trains == adapters("0-3")
+    assert {p for p in rests if p.startswith("params/")} == {f"params/{p}" for p in tree.flat(params())}
+    assert cut is None
+
+
+@pytest.mark.parametrize(("targets", "layers"), [("all", tuple(KERNELS)), (".*/q|.*/o", ("attn/q", "attn/o"))])
+@pytest.mark.parametrize(("count", "span"), [(1, "3-3"), (-1, "0-0"), (4, "0-3"), (-4, "0-3")])
+def test_lora_may_be_on_some_layers_only(count, span, targets, layers):
+    trains, *_ = learns(Config(layers=count, lora=LoRA(rank=2, targets=targets)))
+    assert trains == adapters(span, layers)
+
+
+def test_a_new_adapter_lies_on_the_mesh_as_its_kernels_do_and_equals_a_plain_one():
+    mesh, plan = sharding.mesh(2, 2, 2), tuning.plan(Config(lora=LoRA(rank=2)), DEPTH)
+    trains, _ = tuning.apply(plan, params(), jax.random.key(3), mesh=mesh, rules=RULES)
+    plain = tree.flat(lora.init(jax.random.key(3), params(), LoRA(rank=2)))
+    for path, leaf in tree.flat(trains["lora"]).items():
+        np.testing.assert_allclose(leaf, plain[path], rtol=1e-6)
+    a = trains["lora"]["blocks"]["0-3"]["attn"]["q"]["a"]
+    assert {shard.data.shape for shard in a.addressable_shards} == {(4, 4, 2)}
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (Config(method="full", layers=2), "tuning.layers is for tuning.method lora or partial; the method is full"),
+    (Config(method="full", trainable=["x"]), "tuning.trainable is for tuning.method partial; the method is full"),
+    (Config(method="lora", trainable=["x"]), "tuning.trainable is for tuning.method partial; the method is lora"),
+    (Config(method="partial"), "tuning.method partial needs tuning.layers or tuning.trainable"),
+    (Config(method="partial", layers=0), "tuning.layers is 0, but the model has 4 layers"),
+    (Config(method="partial", layers=5), "tuning.layers is 5, but the model has 4 layers; give 1 to 4, or negative"),
+    (Config(method="lora", layers=-5), "tuning.layers is -5, but the model has 4 layers"),
+])  # fmt: skip
+def test_settings_that_contradict_each_other_or_the_model_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        tuning.plan(config, DEPTH)
+
+
+def test_the_description_counts_what_trains():
+    plan = tuning.plan(Config(method="partial", trainable=["norm/scale"]), DEPTH)
+    lines = tuning.describe(plan, *tree.partition({"params": params()}, plan.trainable))
+    size = 16 * 8 + 4 * (8 * 8 + 8 * 8 + 12 * 8 + 8 + 8) + 8
+    assert lines["parameters that train"] == f"8 of {size:,} ({8 / size:.2%})"
+    assert lines["arrays that train"] == "1 of 7"
