@@ -1,0 +1,46 @@
+"""Every run file parses with its script, and every script has one that runs on what the project ships."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxsft import config
+
+from .conftest import ROOT, load_script
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OWN = {"sft": "quickstart", "pretrain": "pretrain", "merge": "merge", "chat": "chat", "tokenizer": "tokenizer"}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+def test_a_run_file_names_its_command_and_parses(file):
+    text = file.read_text(encoding="utf-8")
+    head = re.search(rf"^#   python scripts/(\w+)\.py --config configs/{file.name}", text, re.MULTILINE)
+    assert head, f"{file.name} does not name its command"
+    assert re.search(r"^# .*2 CPU cores", text, re.MULTILINE), f"{file.name} does not say the hardware and the time"
+    script = load_script(head[1])
+    found = config.parse(script.Config, ["--config", str(file)])
+    assert found != script.Config()
+
+
+@pytest.mark.parametrize("script", sorted(Path(ROOT / "scripts").glob("*.py")), ids=lambda f: f.stem)
+def test_every_script_has_a_run_file_that_needs_nothing_else(script):
+    text = (ROOT / "configs" / f"{OWN[script.stem]}.yaml").read_text(encoding="utf-8")
+    for path in re.findall(r"jaxsft/assets/[\w./]+", text):
+        assert (ROOT / path).exists(), path
+    assert "base_text" not in text
+    assert "shared/" not in text
+
+
+@pytest.mark.parametrize("script", OWN)
+def test_help_explains_every_key(script, capsys):
+    kind = load_script(script).Config
+    with pytest.raises(SystemExit):
+        config.parse(kind, ["--help"])
+    shown = capsys.readouterr().out
+    for key in config.keys(kind):
+        entry = re.search(rf"--{re.escape(key)}\b(.*?)(?=\n  --|\Z)", shown.split("options:")[1], re.DOTALL)
+        assert entry, f"{key} is not in --help"
+        words = re.sub(r"\(type:.*", "", " ".join(entry[1].split()))
+        assert len(re.findall(r"[a-z]{3,}", words)) >= 2, f"{key} has no help: {entry[0]!r}"
