@@ -17,23 +17,34 @@ def test_pieces_of_a_stream_join_to_the_text_and_never_cut_a_character():
     assert all("\ufffd" not in part for part in parts)
 
 
-def test_one_question_prints_the_answer_that_generate_gives(run_here, capsys):
-    run_here("chat", "--model", jaxsft.BASE, "--ask", "Who are you?", "--sample.max_new_tokens", "8")
+@pytest.fixture(scope="module")
+def answer():
+    """Turns -> the answer that `generate` gives."""
     model, params = hub.load(jaxsft.BASE)
     tokenizer = hub.load_tokenizer(jaxsft.BASE)
-    prompt = data.prompt_ids([data.Message("user", "Who are you?")], tokenizer)
-    stop = hub.stop_tokens(jaxsft.BASE, tokenizer)
-    [answer] = sample.generate(model, {"params": params}, [prompt], max_new_tokens=8, stop=stop)
-    assert capsys.readouterr().out == tokenizer.decode(answer) + "\n"
+
+    def ask(*turns: str) -> str:
+        roles = ("user", "assistant") * len(turns)
+        prompt = data.prompt_ids([data.Message(*turn) for turn in zip(roles, turns, strict=False)], tokenizer)
+        stop = hub.stop_tokens(jaxsft.BASE, tokenizer)
+        [ids] = sample.generate(model, {"params": params}, [prompt], max_new_tokens=6, stop=stop)
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return ask
 
 
-def test_a_conversation_goes_on_until_an_empty_line(run_here, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd then?\n/new\nHello\n\nnever read\n"))
+def test_one_question_prints_the_answer_that_generate_gives(run_here, capsys, answer):
+    run_here("chat", "--model", jaxsft.BASE, "--ask", "Who are you?", "--sample.max_new_tokens", "6")
+    assert capsys.readouterr().out == answer("Who are you?") + "\n"
+
+
+def test_a_conversation_remembers_until_it_is_told_to_forget(run_here, capsys, monkeypatch, answer):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd then?\n/new\nAnd then?\n\nnever read\n"))
     run_here("chat", "--model", jaxsft.BASE, "--sample.max_new_tokens", "6")
-    out = capsys.readouterr().out
-    assert out.count("\n") >= 3
-    hello = out[: len(out) // 3]
-    assert out.count(hello.split("\n")[0]) >= 2  # /new forgets: the same greeting gets the same answer
+    first = answer("Hello")
+    second = answer("Hello", first, "And then?")
+    wanted = [first, second, answer("And then?")]
+    assert capsys.readouterr().out == "".join(text + "\n" for text in wanted)
 
 
 def test_a_missing_model_says_what_to_give(run_here):
