@@ -53,15 +53,15 @@ LONGEST = 120  # characters of a cell
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; text that looks like markup is shown as it is, a long text is cut."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=title, title_justify="left", show_header=any(columns), show_lines=len(columns) > 2)
     for column in columns:
         shown.add_column(column, overflow="fold")  # Chinese has no spaces to break at
     for row in rows:
         cells = (" ".join(cell.split()) for cell in row)
-        shown.add_row(*(escape(cell if len(cell) <= LONGEST else cell[: LONGEST - 1] + "…") for cell in cells))
+        shown.add_row(*(Text(cell if len(cell) <= LONGEST else cell[: LONGEST - 1] + "…") for cell in cells))
     Console().print(shown)
 
 

@@ -61,6 +61,7 @@ def pick(
         ordered = jnp.sort(logits, axis=-1, descending=True)
         shares = jax.nn.softmax(ordered, axis=-1)
         needed = jnp.cumsum(shares, axis=-1) - shares < top_p  # the sum before this token falls short
+        needed = needed.at[:, 0].set(True)
         least = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

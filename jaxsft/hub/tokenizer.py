@@ -14,11 +14,13 @@ def load_tokenizer(path: str):
     Raises:
       CheckpointError: the folder has none that transformers can read without running the folder's own code.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = resolve(path)
+    # AutoTokenizer builds some classes (LlamaTokenizer) anew and drops the normalizer that tokenizer.json has.
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = kind.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{folder} has no tokenizer that loads ({type(error).__name__}: {error})") from error
     return chat.with_template(tokenizer)

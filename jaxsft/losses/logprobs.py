@@ -114,7 +114,7 @@ def _chunks(step, carry, mask, width):
 
 def _forward(features, table, targets, mask, width, grad):
     def step(carry, take):
-        f = take(features)
+        f = jnp.where(take(mask)[..., None], take(features), 0)  # whatever a masked token holds
         lp, slope = _softmax(f, table, take(targets))
         lp = jnp.where(take(mask), lp, 0.0)
         if not grad:
@@ -143,7 +143,7 @@ def _vjp_backward(width, kept, cotangent):
     g = jnp.where(mask, cotangent, 0.0)
 
     def step(grad_table, take):
-        f = take(features)
+        f = jnp.where(take(mask)[..., None], take(features), 0)
         slope = (_softmax(f, table, take(targets))[1] * take(g)[..., None]).astype(f.dtype)
         grad_table += jnp.einsum("btv,btd->vd", slope, f, preferred_element_type=jnp.float32)
         return grad_table, jnp.einsum("btv,vd->btd", slope, table.astype(f.dtype))

@@ -14,7 +14,8 @@ from jaxsft.models.llama import NAMES, RULES
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     read = Reader(config)
     shape = read_shape(read)
-    window = read("sliding_window", None)
+    # null says that there is none; where the key is absent, transformers means 4096.
+    window = read("sliding_window", None if "sliding_window" in config else 4096)
     read.finish()
     return with_windows(shape, [window] * shape.layers)
 

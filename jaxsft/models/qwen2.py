@@ -14,9 +14,10 @@ from jaxsft.models.llama import NAMES, RULES
 
 def read_windows(read: Reader, layers: int) -> list[int | None]:
     """`layer_types` says it layer by layer; older configs give the first layer that has the window."""
-    window = read("sliding_window", None) if read("use_sliding_window", False) else None
-    first = read("max_window_layers", layers)
-    read("sliding_window", None)
+    # What transformers means where a key is absent: 4096 positions, from layer 28 on.
+    window = read("sliding_window", None if "sliding_window" in read.config else 4096)
+    window = window if read("use_sliding_window", False) else None
+    first = read("max_window_layers", 28)
     older = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     types = read("layer_types", older)
     if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):

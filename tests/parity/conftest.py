@@ -18,7 +18,7 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """name -> Pair, each made once."""
-    from pairs import make
+    from .pairs import make
 
     made = {}
 

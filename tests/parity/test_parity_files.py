@@ -5,11 +5,12 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from pairs import CASES, documents, load_torch, ours, random_adapter, theirs, torch
 
 from jaxsft import hub, lora, models
 from jaxsft.hub.files import Reader
 from jaxsft.lora import LoRA
+
+from .pairs import CASES, documents, load_torch, ours, random_adapter, theirs, torch
 
 peft = pytest.importorskip("peft")
 

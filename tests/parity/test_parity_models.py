@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pairs import CASES, SHAPE, documents, load_torch, ours, pack, theirs, torch, transformers
 
 from jaxsft import hub, models, sample
+
+from .pairs import CASES, SHAPE, documents, load_torch, ours, pack, theirs, torch, transformers
 
 pytestmark = pytest.mark.parity
 every = pytest.mark.parametrize("pair", CASES, indirect=True)

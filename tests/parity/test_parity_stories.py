@@ -6,11 +6,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pairs import ours
 from tokenizers import Tokenizer
 
 from jaxsft import hub, objectives, sample
 from jaxsft.types import Tokens
+
+from .pairs import ours
 
 pytestmark = pytest.mark.parity
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pairs import documents, pack, random_adapter, torch
 
 from jaxsft import hub, lora, make_step, objectives, optim, train, tree
 from jaxsft.hub import names
 from jaxsft.lora import LoRA
 from jaxsft.types import Tokens
+
+from .pairs import documents, pack, random_adapter, torch
 
 peft = pytest.importorskip("peft")
 
