@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxsft.run import METRICS, read_metrics
@@ -52,6 +53,8 @@ LONGEST = 120  # characters of a cell
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; text that looks like markup is shown as it is, a long text is cut."""
+    if jax.process_index():
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -78,6 +81,8 @@ def finish(folder: Path, samples: Sequence[tuple[str, str, str, str]], written: 
       samples: (question, wanted answer, answer before, answer after), none or some.
       written: name -> path of what the run wrote beside its metrics.
     """
+    if jax.process_index():
+        return
     metrics = read_metrics(folder / METRICS)
     plot_loss(folder / METRICS, folder / "loss.png")
     if samples:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 METRICS = "metrics.jsonl"
 
@@ -33,7 +34,8 @@ class Config:
     samples: int = 6
     """held-out rows that are answered before and after, for people to read"""
     distributed: bool = False
-    """several hosts work together: calls jax.distributed.initialize(), which finds them on TPU pods and under SLURM"""
+    """several hosts work together; off TPU pods and SLURM the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID tell who they are"""
 
 
 def start(config: Config) -> Path:
@@ -43,7 +45,9 @@ def start(config: Config) -> Path:
       RunError: the folder holds another run, or is a file.
     """
     if config.distributed:
-        jax.distributed.initialize()
+        # On TPU pods and under SLURM or Open MPI jax finds these itself; elsewhere the environment says them.
+        number = lambda name: int(os.environ[name]) if name in os.environ else None
+        jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.output_dir {folder} is a file; choose a folder")
@@ -56,6 +60,8 @@ def start(config: Config) -> Path:
             "replace it with --run.overwrite true, or choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_count() > 1:  # nobody writes before the former run is gone
+        multihost_utils.sync_global_devices("jaxsft.run.start")
     return folder
 
 

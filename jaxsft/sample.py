@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsft import sharding
 from jaxsft.models import Cache, Model, logits
 from jaxsft.types import Key
 
@@ -115,7 +116,7 @@ def generate(
         draw=(temperature, top_k, top_p),
         stop=tuple(sorted(set(stop))),
     )
-    return [row[:size].tolist() for row, size in zip(np.asarray(out), np.asarray(sizes), strict=True)]
+    return [row[:size].tolist() for row, size in zip(sharding.to_host(out), sharding.to_host(sizes), strict=True)]
 
 
 def stream(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsft import tree
@@ -108,3 +109,10 @@ def whole(mesh: Mesh) -> NamedSharding:
 def of(arrays: Any) -> Any:
     """The shardings that the arrays of a tree have."""
     return jax.tree.map(lambda x: x.sharding, arrays)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Brings a whole array to every host, from wherever its slices are; all processes must call it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from jaxsft import sharding, tree
@@ -72,10 +72,8 @@ def init(trainable: Tree, tx: optax.GradientTransformation, key: Key, mesh: Mesh
     state = State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), key)
     if mesh is None:
         return state
-    mirrored = lambda x: (
-        x if isinstance(x.sharding, jax.sharding.NamedSharding) else jax.device_put(x, sharding.whole(mesh))
-    )
-    return jax.tree.map(mirrored, state)
+    spread = jax.jit(lambda x: x, out_shardings=sharding.whole(mesh))
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else spread(x), state)
 
 
 def make_step(

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxsft import lora, sharding, tree
@@ -143,16 +142,9 @@ def init(
     return model, jax.jit(model.init, out_shardings=placed)(key)
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-    """Brings a whole array to every host, from wherever its slices are."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
-
-
 def fetch(leaf: jax.Array, row: int | None, *, transposed: bool, dtype: np.dtype) -> np.ndarray:
     """Brings one layer of a stacked leaf, or a whole leaf, to the host."""
-    x = to_host(leaf if row is None else leaf[row])
+    x = sharding.to_host(leaf if row is None else leaf[row])
     return (x.T if transposed else x).astype(dtype)
 
 

@@ -43,14 +43,12 @@ def spawn(tmp_path_factory):
     """spawn("sft", "--key", "value", ...) starts a script as a process of its own, on one CPU device."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def start(script: str | Path, *args: str) -> subprocess.Popen:
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    def start(script: str | Path, *args: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+        own = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"} | (environment or {})
         file = script if isinstance(script, Path) else ROOT / "scripts" / f"{script}.py"
         command = [sys.executable, str(file), *args]
-        return subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(command, env=own, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
 

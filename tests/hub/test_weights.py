@@ -1,0 +1,403 @@
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxsft import hub, lora, models, sharding, tree
+from jaxsft.hub import CheckpointError
+from jaxsft.hub.files import INDEX, SINGLE
+from jaxsft.lora import LoRA
+
+# Ours -> Hugging Face's, written out by hand.
+MODULES = {
+    "attn/q": "self_attn.q_proj",
+    "attn/k": "self_attn.k_proj",
+    "attn/v": "self_attn.v_proj",
+    "attn/o": "self_attn.o_proj",
+    "attn/q_norm": "self_attn.q_norm",
+    "attn/k_norm": "self_attn.k_norm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+PLAIN = {"embed/table": "model.embed_tokens", "norm/scale": "model.norm", "head/table": "lm_head"}
+
+
+def expected(raw, path):
+    """The value of a leaf, from the tensors of the file by a plain loop over its layers."""
+    if path in PLAIN:
+        return raw[f"{PLAIN[path]}.weight"]
+    _, name, *module, part = path.split("/")
+    first, last = map(int, name.split("-"))
+    found = []
+    for layer in range(first, last + 1):
+        x = raw[f"model.layers.{layer}.{MODULES['/'.join(module)]}.{'bias' if part == 'bias' else 'weight'}"]
+        found.append(x.T if part == "kernel" else x)
+    return np.stack(found)
+
+
+def bits(x):
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+def raw_of(folder):
+    """All tensors of a folder, by name."""
+    return {name: x for file in sorted(Path(folder).glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+def rewrite(folder, change):
+    """Writes a folder's single file again after `change(tensors)`."""
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    """A bfloat16 checkpoint with the shipped tokenizer."""
+    return tiny("llama", dtype="bfloat16", tokenizer=True, seed=1)
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    """A float32 checkpoint to read only."""
+    return tiny("llama", num_hidden_layers=2, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    """The same, to spoil."""
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def loaded(base):
+    return hub.load(str(base), dtype=jnp.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def adapter(loaded):
+    """An adapter on q and down whose B is not zero."""
+    draw = np.random.default_rng(0)
+    made = tree.flat(lora.init(jax.random.key(0), loaded[1], LoRA(rank=2, targets=".*/(q|down)")))
+    return tree.nest({p: jnp.asarray(0.3 * draw.normal(size=x.shape), jnp.float32) for p, x in made.items()})
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_value_lands_in_its_leaf_and_kernels_are_transposed(tiny, family, tied):
+    folder = tiny(family, tied=tied)
+    model, params = hub.load(str(folder))
+    raw, leaves = raw_of(folder), tree.flat(params)
+    assert len(raw) == sum(len(leaf) if path.startswith("blocks") else 1 for path, leaf in leaves.items())
+    assert ("head/table" in leaves) != tied
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, expected(raw, path), err_msg=path, strict=True)
+    np.testing.assert_array_equal(
+        model.output({"params": params}), raw[PLAIN["embed/table" if tied else "head/table"] + ".weight"]
+    )
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_weights_are_cast_from_the_files_dtype_and_what_trains_stays_float32(tiny, stored):
+    folder = tiny("llama", dtype=stored, num_hidden_layers=2)
+    _, params = hub.load(
+        str(folder), dtype=jnp.bfloat16, full_precision=["params/blocks/1-1/.*", ".*norm/scale"], cut=1
+    )
+    raw, kinds = raw_of(folder), set()
+    for path, leaf in tree.flat(params).items():
+        full = path.startswith("blocks/1-1/") or path.endswith("norm/scale")
+        kinds.add(str(leaf.dtype))
+        wanted = jnp.asarray(expected(raw, path)).astype(jnp.float32 if full else jnp.bfloat16)
+        np.testing.assert_array_equal(leaf, wanted, err_msg=path, strict=True)
+    assert kinds == {"float32", "bfloat16"}
+
+
+def test_shards_with_an_index_load_as_one_file_does(small, tmp_path):
+    _, params = hub.load(str(small))
+    files = hub.export(str(tmp_path), params, source=str(small), shard_gb=2e-5)
+    assert len(files) > 3
+    again = tree.flat(hub.load(str(tmp_path))[1])
+    assert all(np.array_equal(x, again[path]) for path, x in tree.flat(params).items())
+
+
+def test_a_cut_stack_loads_as_the_split_of_the_whole(small):
+    cut, whole = (tree.flat(p) for p in (hub.load(str(small), cut=1)[1], models.split(hub.load(str(small))[1], 1)))
+    assert list(cut) == list(whole)
+    assert all(np.array_equal(cut[path], whole[path]) for path in whole)
+
+
+def test_each_device_of_a_mesh_holds_its_slice(small):
+    mesh = sharding.mesh(2, 2, 2)
+    _, params = hub.load(str(small), mesh, cut=1)
+    raw, sliced = raw_of(small), 0
+    for path, leaf in tree.flat(params).items():
+        whole = expected(raw, path)
+        assert len(leaf.addressable_shards) == 8
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+        if path.endswith(("kernel", "table")):
+            assert {shard.data.size for shard in leaf.addressable_shards} == {whole.size // 4}
+            sliced += 1
+    assert sliced == 2 * 7 + 2
+
+
+def test_buffers_that_follow_from_the_config_and_a_tied_head_are_left_out(tiny, copy):
+    rewrite(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}))
+    hub.load(str(copy))
+    tied = tiny("llama", tied=True, num_hidden_layers=1)
+    rewrite(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert "head" not in hub.load(str(tied))[1]
+
+
+KERNEL = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop(KERNEL), f"lacks the tensor '{KERNEL}', which its config.json implies"),
+        (
+            lambda t: t.update({KERNEL: np.zeros((48, 31), np.float32)}),
+            rf"'{KERNEL}' in .* has shape \(48, 31\); config.json implies \(48, 32\)",
+        ),
+        (lambda t: t.update({KERNEL: np.zeros((32, 48), np.float32)}), r"has shape \(32, 48\); config.json implies"),
+        (lambda t: t.update(extra=np.zeros(3, np.float32)), "has tensors this family does not know: extra"),
+        (lambda t: t[KERNEL].fill(np.nan), r"holds NaN or infinite numbers in blocks/0-1/mlp/up/kernel; download"),
+        (lambda t: t["model.norm.weight"].fill(np.inf), "holds NaN or infinite numbers in norm/scale"),
+        (lambda t: t.update({KERNEL: np.zeros((48, 32), np.int32)}), "has dtype I32; float32, float16 and bfloat16"),
+    ],
+)
+def test_a_tensor_that_is_missing_wrong_superfluous_or_not_finite_is_named(copy, spoil, message):
+    rewrite(copy, spoil)
+    with pytest.raises(CheckpointError, match=message):
+        hub.load(str(copy))
+
+
+@pytest.mark.parametrize("keep", [500, -1])
+def test_a_truncated_file_is_refused(copy, keep):
+    (copy / SINGLE).write_bytes((copy / SINGLE).read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        hub.load(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "config.json: model_type 'gpt_neox' is not supported; supported are llama"),
+        ({"logit_scale": 2.0}, "config.json: .* has keys this family does not know: 'logit_scale' = 2.0"),
+        ({"hidden_act": "swish2"}, "config.json: activation 'swish2' is not known"),
+        ({"num_key_value_heads": 3}, "config.json: 4 heads cannot share 3 key heads"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused_by_file(copy, change, message):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        hub.load(str(copy))
+
+
+def test_a_folder_without_a_config_is_refused(copy):
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        hub.load(str(copy))
+
+
+def test_a_folder_that_does_not_exist_names_the_nearest(copy):
+    with pytest.raises(CheckpointError, match="has 'copy'; give a folder"):
+        hub.load(str(copy.parent / "cpoy"))
+
+
+def test_a_fresh_model_has_the_shapes_of_the_config_and_lies_on_the_mesh(small):
+    mesh = sharding.mesh(1, 2, -1)
+    model, params = hub.init(str(small), jax.random.key(0), mesh)
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, hub.shapes(model.config))
+    assert params["blocks"]["0-1"]["attn"]["q"]["kernel"].sharding.spec == jax.P(None, "fsdp", "tensor")
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_loading_an_export_gives_the_same_bits(base, loaded, tmp_path):
+    hub.export(str(tmp_path), loaded[1], source=str(base))
+    ours, theirs = raw_of(tmp_path), raw_of(base)
+    assert set(ours) == set(theirs)
+    for name, x in theirs.items():
+        assert ours[name].dtype == x.dtype
+        np.testing.assert_array_equal(bits(ours[name]), bits(x), err_msg=name)
+    again = tree.flat(hub.load(str(tmp_path), dtype=jnp.bfloat16)[1])
+    for path, leaf in tree.flat(loaded[1]).items():
+        np.testing.assert_array_equal(bits(leaf), bits(again[path]))
+
+
+def test_an_export_of_a_cut_and_sharded_model_is_the_same_file(small, tmp_path):
+    _, params = hub.load(str(small), sharding.mesh(2, 2, 2), cut=1)
+    hub.export(str(tmp_path), params, source=str(small))
+    ours, theirs = raw_of(tmp_path), raw_of(small)
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(x, ours[name]) for name, x in theirs.items())
+
+
+def test_the_config_says_the_dtype_that_was_written(base, loaded, tmp_path):
+    hub.export(str(tmp_path), loaded[1], source=str(base), dtype="float32")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (base, tmp_path))
+    assert before | {"torch_dtype": "float32"} == after
+    assert {x.dtype for x in raw_of(tmp_path).values()} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("write", ["export", "merge"])
+def test_tokenizer_template_and_generation_config_go_along(base, loaded, tmp_path, write):
+    if write == "export":
+        hub.export(str(tmp_path / "out"), loaded[1], source=str(base))
+    else:
+        hub.merge(str(base), str(tmp_path / "out"))
+    files = sorted(p.name for p in base.iterdir())
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= set(files)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
+    for name in files:
+        if name not in ("config.json", SINGLE):
+            assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("write", ["export", "merge"])
+@pytest.mark.parametrize("where", ["save_file", "copyfile", "config"])
+def test_a_full_disk_is_a_checkpoint_error_wherever_it_strikes(base, loaded, tmp_path, monkeypatch, write, where):
+    if where == "save_file":
+        monkeypatch.setattr("jaxsft.hub.files.save_file", full)
+    elif where == "copyfile":
+        monkeypatch.setattr("shutil.copyfile", full)
+    else:
+        real = Path.write_text
+        only = lambda file, *a, **k: full() if file.name.startswith("config.json") else real(file, *a, **k)
+        monkeypatch.setattr(Path, "write_text", only)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        if write == "export":
+            hub.export(str(tmp_path), loaded[1], source=str(base))
+        else:
+            hub.merge(str(base), str(tmp_path))
+    if where == "save_file":
+        assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".part")]
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+def test_merging_nothing_gives_the_base_byte_for_byte(base, tmp_path):
+    (file,) = hub.merge(str(base), str(tmp_path))
+    ours, theirs = load_file(file), raw_of(base)
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(bits(ours[n]), bits(x)) and ours[n].dtype == x.dtype for n, x in theirs.items())
+
+
+def test_merging_keeps_shards_within_the_limit(base, tmp_path):
+    files = hub.merge(str(base), str(tmp_path), shard_gb=1e-4)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert len(files) > 1
+    for file in files:
+        shard = load_file(file)
+        assert len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 1e5
+        assert {n for n, at in index["weight_map"].items() if at == file.name} == set(shard)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_merged_adapter_equals_lora_merge_and_leaves_the_rest_untouched(tiny, base, adapter, tmp_path, stored):
+    folder = base if stored == "bfloat16" else tiny("llama")
+    _, params = hub.load(str(folder), dtype=jnp.dtype(stored))
+    hub.merge(str(folder), str(tmp_path), adapter=adapter)
+    here, raw, before = lora.merge({"params": params, "lora": adapter}), raw_of(tmp_path), raw_of(folder)
+    for path, leaf in tree.flat(here).items():
+        ours, file = np.asarray(leaf), expected(raw, path)
+        assert file.dtype == ours.dtype
+        if "attn/q/" in path or "mlp/down/" in path:
+            assert not np.array_equal(file, expected(before, path))
+            if stored == "float32":
+                np.testing.assert_allclose(file, ours, atol=1e-6)
+            else:  # the two sums over the rank may round apart in their last float32 bit
+                assert np.mean(file != ours) < 0.002
+        else:
+            np.testing.assert_array_equal(bits(file), bits(expected(before, path)))
+
+
+def test_an_adapter_on_a_cut_stack_merges_into_its_layers_alone(base, loaded, tmp_path):
+    made = lora.init(jax.random.key(0), models.split(loaded[1], 3), LoRA(rank=2, targets="blocks/3-3/attn/q"))
+    ones = jax.tree.map(jnp.ones_like, made)
+    hub.merge(str(base), str(tmp_path), adapter=ones)
+    before, after = raw_of(base), raw_of(tmp_path)
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert changed == ["model.layers.3.self_attn.q_proj.weight"]
+
+
+def test_trained_parameters_replace_the_bases_and_others_stay(base, loaded, tmp_path):
+    trained, _ = tree.partition(models.split(loaded[1], 2), ["blocks/2-3/mlp/.*", "norm/scale"])
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32) + 0.125, trained)
+    hub.merge(str(base), str(tmp_path), trained=trained)
+    before, after = raw_of(base), raw_of(tmp_path)
+    for path, leaf in tree.flat(trained).items():
+        np.testing.assert_array_equal(expected(after, path), np.asarray(leaf).astype(after["model.norm.weight"].dtype))
+    names = {n for n in before if not np.array_equal(bits(before[n]), bits(after[n]))}
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert names == {f"model.layers.{i}.mlp.{p}.weight" for i in (2, 3) for p in parts} | {"model.norm.weight"}
+
+
+def test_a_tied_output_layer_that_a_file_carries_follows_the_embedding(tiny, tmp_path):
+    tied = tiny("llama", tied=True, num_hidden_layers=1)
+    rewrite(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    hub.merge(str(tied), str(tmp_path), trained={"embed": {"table": jnp.ones((96, 32))}})
+    after = raw_of(tmp_path)
+    assert np.all(after["lm_head.weight"] == 1)
+    assert np.all(after["model.embed_tokens.weight"] == 1)
+
+
+def test_merging_into_the_base_itself_is_refused(base, tmp_path):
+    (tmp_path / "link").symlink_to(base)
+    for path in (base, base / ".", tmp_path / "link"):
+        with pytest.raises(CheckpointError, match="is the base itself; choose another folder to merge into"):
+            hub.merge(str(base), str(path))
+    assert (base / SINGLE).is_file()
+
+
+def stack(rows, n_in, n_out, rank=2):
+    """An adapter on q of a stack of some layers."""
+    part = {"a": jnp.ones((rows, n_in, rank)), "b": jnp.ones((rows, rank, n_out)), "scale": jnp.ones(rows)}
+    return {"blocks": {f"0-{rows - 1}": {"attn": {"q": part}}}}
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(base, tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no blocks/attn/q/kernel \(layer 4\) to merge into; is it the base"):
+        hub.merge(str(base), str(tmp_path), adapter=stack(5, 32, 32))
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (32, 64), (32, 1)])
+def test_an_adapter_of_a_wider_model_is_refused_by_the_tensor(base, tmp_path, n_in, n_out):
+    with pytest.raises(CheckpointError, match=r"model.layers.\d.self_attn.q_proj.weight"):
+        hub.merge(str(base), str(tmp_path), adapter=stack(4, n_in, n_out))
+
+
+def test_trained_parameters_of_another_shape_are_refused_by_the_tensor(base, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"'model.norm.weight' was trained with shape \(33,\), but .* has \(32,\)"
+    ):
+        hub.merge(str(base), str(tmp_path), trained={"norm": {"scale": jnp.ones(33)}})
+
+
+def test_a_refused_merge_leaves_the_folder_that_was_there_as_it_was(base, tmp_path):
+    hub.merge(str(base), str(tmp_path))
+    before = (tmp_path / SINGLE).read_bytes()
+    with pytest.raises(CheckpointError):
+        hub.merge(str(base), str(tmp_path), adapter=stack(5, 32, 32))
+    assert (tmp_path / SINGLE).read_bytes() == before
