@@ -8,6 +8,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 C = TypeVar("C")
@@ -41,7 +42,10 @@ def parse(kind: type[C], args: Sequence[str] | None = None) -> C:
     try:
         given = parser.instantiate(parser.parse_args(args))
     except (ArgumentError, TypeError, ValueError) as error:
-        print(f"error: {explain(str(error), keys(kind))}", file=sys.stderr)
+        words = list(sys.argv[1:] if args is None else args)
+        given = [value for word, value in pairwise(words) if word == "--config"]
+        where = f" (read from {', '.join(given)} and the command line)" if given else ""
+        print(f"error: {explain(str(error), keys(kind))}{where}", file=sys.stderr)
         raise SystemExit(2) from None
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 

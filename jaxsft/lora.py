@@ -4,7 +4,7 @@ An adapter is a tree beside the parameters, at the same addresses:
 
     params/blocks/0-7/attn/q/kernel   [8, in, out]
     lora/blocks/0-7/attn/q/a          [8, in, r]     uniform in +-1/sqrt(in), as PEFT draws it
-    lora/blocks/0-7/attn/q/b          [8, r, out]    zero: the first output is the base's, exactly
+    lora/blocks/0-7/attn/q/b          [8, r, out]    zero: at first, x A B adds exactly nothing
     lora/blocks/0-7/attn/q/scale      [8]            alpha / r; a constant, kept here so that a tree says all of itself
 
 What trains is `TRAINABLE`; since the base is another tree, "only A and B receive updates" holds by construction.

@@ -148,7 +148,12 @@ def stream(
 def asker(
     model: Model, tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[int], config: Config
 ) -> Callable[[Mapping], list[str]]:
-    """Makes variables -> answers to some prompts, to compare a model before and after with the same draws."""
+    """Makes variables -> answers to some prompts, to compare a model before and after with the same draws.
+
+    A prompt that leaves no room for an answer among the model's positions loses its beginning.
+    """
+    room = max(1, model.config.max_position - config.max_new_tokens)
+    prompts = [prompt[-room:] for prompt in prompts]
 
     def ask(variables: Mapping) -> list[str]:
         draw = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

@@ -44,8 +44,8 @@ def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] 
       ValueError: the lengths do not multiply to the number of devices.
 
     Example:
-      >>> mesh(devices=jax.devices()[:1]).shape
-      OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+      >>> dict(mesh(devices=jax.devices()[:1]).shape)
+      {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
     lengths = [data, fsdp, tensor]
@@ -89,8 +89,8 @@ def shardings(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:
     Example:
       >>> one = mesh(devices=jax.devices()[:1])
       >>> rules = (("w", PartitionSpec("fsdp", "tensor")),)
-      >>> shardings({"w": jax.ShapeDtypeStruct((4, 2), np.float32)}, rules, one)["w"].spec
-      PartitionSpec('fsdp', 'tensor')
+      >>> tuple(shardings({"w": jax.ShapeDtypeStruct((4, 2), np.float32)}, rules, one)["w"].spec)
+      ('fsdp', 'tensor')
     """
     leaves = tree.flat(shapes)
     return tree.nest({p: NamedSharding(mesh, spec(p, x.shape, rules, mesh)) for p, x in leaves.items()})

@@ -4,12 +4,13 @@ A reader knows which file holds which tensor and reads slices of it; a writer ta
 never holds more than one shard of them.
 """
 
+import contextlib
 import difflib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ def resolve(path: str) -> Path:
     Raises:
       CheckpointError: neither exists.
     """
-    if (folder := Path(path)).is_dir():
+    folder = Path(path)
+    if path and folder.is_dir():  # Path("") would be the working directory
         return folder
     if not path or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         near = difflib.get_close_matches(folder.name, os.listdir(folder.parent), 1) if folder.parent.is_dir() else []
@@ -147,11 +149,16 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     make: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
 
 def write(folder: Path, tensors: Iterable[Tensor], *, shard_gb: float, single: str = SINGLE) -> list[Path]:
     """Writes tensors in shards of at most `shard_gb` (10^9 bytes), with an index if there is more than one.
 
-    Every process calls it (making a tensor may gather it); the first one writes. Files appear whole or not at all.
+    Every process calls it (making a tensor may gather it); the first one writes. What the folder held before is
+    replaced when everything is on disk, and stays if anything fails.
 
     Returns:
       the files written.
@@ -159,48 +166,81 @@ def write(folder: Path, tensors: Iterable[Tensor], *, shard_gb: float, single: s
     Raises:
       CheckpointError: the disk is full or refuses.
     """
-    shards: list[list[Tensor]] = [[]]
-    room = limit = shard_gb * 1e9
-    for tensor in tensors:
-        size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = limit
-        room -= size
-        shards[-1].append(tensor)
-    names = (
-        [single]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
+    shards = _shards(tensors, shard_gb * 1e9)
+    numbered = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [single] if len(shards) == 1 else numbered
+    parts = [folder / f"{name}.part" for name in names]
     writes = jax.process_index() == 0
     try:
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-                old.unlink(missing_ok=True)
-        for name, shard in zip(names, shards, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, shard in zip(parts, shards, strict=True):
             made = {t.name: np.ascontiguousarray(t.make()) for t in shard}
             if writes:
-                save_file(made, folder / f"{name}.part", metadata={"format": "pt"})
-                (folder / f"{name}.part").chmod(0o644)  # safetensors makes files that only their owner can read
-                os.replace(folder / f"{name}.part", folder / name)
-        if writes and len(shards) > 1:
-            total = sum(int(np.prod(t.shape)) * t.dtype.itemsize for shard in shards for t in shard)
-            weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+                save_file(made, part, metadata={"format": "pt"})
+                part.chmod(0o644)  # safetensors makes files that only their owner can read
+        if writes:
+            for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+                old.unlink(missing_ok=True)
+            for part, name in zip(parts, names, strict=True):
+                os.replace(part, folder / name)
+            if len(shards) > 1:
+                total = sum(t.nbytes for shard in shards for t in shard)
+                weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+                write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {folder} ({error}); free some space or choose another folder") from error
+        raise _refused(folder, error) from error
+    finally:
+        for part in parts if writes else ():
+            with contextlib.suppress(OSError):
+                part.unlink()
     return [folder / name for name in names]
 
 
+def _shards(tensors: Iterable[Tensor], limit: float) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    room = limit
+    for tensor in tensors:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = limit
+        room -= tensor.nbytes
+        shards[-1].append(tensor)
+    return shards
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+      CheckpointError: the disk is full or refuses.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _refused(file.parent, error) from error
+
+
+def _refused(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot write {folder} ({error}); free some space or choose another folder")
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config beside the weights."""
-    if jax.process_index() == 0:
+    """Copies tokenizer, chat template and generation config beside the weights.
+
+    Raises:
+      CheckpointError: the disk is full or refuses.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
         for pattern in COMPANIONS:
             for file in source.glob(pattern):
                 target = folder / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if file.is_file() and not (target.exists() and target.samefile(file)):
                     shutil.copyfile(file, target)
+    except OSError as error:
+        raise _refused(folder, error) from error

@@ -6,7 +6,7 @@
 A folder that needs something we do not do (DoRA, trained biases, ...) is refused by the name of the key.
 """
 
-import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsft import tree
 from jaxsft.hub import names
-from jaxsft.hub.files import CheckpointError, Reader, Tensor, read_json, write
+from jaxsft.hub.files import CheckpointError, Reader, Tensor, read_json, write, write_json
 from jaxsft.hub.weights import fetch
 from jaxsft.lora import LoRA, scale
 from jaxsft.models import DecoderConfig, Family
@@ -81,7 +81,7 @@ def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, b
         "inference_mode": True,
     }
     if jax.process_index() == 0:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, config)
     return files
 
 
@@ -143,7 +143,8 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: DecoderC
         row = () if layers is None else layers.index(place.address.layer or 0)
         leaves.setdefault(leaf, np.zeros((*shape[:-2], *wanted), np.float32))[row] = value
         leaves.setdefault(stack.removesuffix("kernel") + "scale", np.full(shape[:-2], scale(spec), np.float32))
-    alone = [leaf for leaf in leaves if leaf.endswith("/a") and leaf[:-1] + "b" not in leaves]
+    halves = Counter(name.partition(".lora_")[0] for name in reader.files)
+    alone = [module for module, count in halves.items() if count != 2]
     if alone or not leaves:
         raise CheckpointError(f"{folder / FILE} lacks a half of {alone[0] if alone else 'everything'}; export it again")
     return tree.nest(leaves), spec

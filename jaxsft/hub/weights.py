@@ -4,7 +4,6 @@ Loading asks the reader for each device's slice of each weight, so no host holds
 base's files tensor by tensor: what was not trained is copied as it is, bit by bit.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxsft import lora, sharding, tree
 from jaxsft.hub import names
-from jaxsft.hub.files import CheckpointError, Reader, Tensor, copy_companions, read_json, resolve, write
+from jaxsft.hub.files import CheckpointError, Reader, Tensor, copy_companions, read_json, resolve, write, write_json
 from jaxsft.models import Family, Model, build, family_of, split
 from jaxsft.models.decoder import DecoderConfig
 from jaxsft.tree import Pattern, Tree
@@ -99,10 +98,14 @@ def load(
     spare = {"lm_head.weight"} if config.tied else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare if not n.endswith(DERIVED)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
-    finite = jax.jit(lambda x: jnp.isfinite(x).all())
-    if broken := [p for p, ok in [(p, finite(x)) for p, x in params.items()] if not ok]:
+    if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
     return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout), tree.nest(params)
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def _check(reader: Reader, here: list[str], shape: tuple[int, ...], *, stacked: bool, transposed: bool) -> None:
@@ -183,7 +186,7 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
 
 def _write_config(folder: Path, config: Mapping) -> None:
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", config)
 
 
 def merge(
@@ -220,13 +223,16 @@ def merge(
         address, transposed = known[name]
         module, full = address.path.removesuffix("/kernel"), np.dtype("float32")
         result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
+        if result.shape != old.shape:
+            raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
         parts = [names.Address(f"{module}/{part}", address.layer) for part in ("a", "b", "scale")]
         if address.path.endswith("/kernel") and parts[0] in low:
             a, b, scale = (fetch(*low[part], transposed=False, dtype=full) for part in parts)
             change = lora.delta(a, b, scale)
-            result = result.astype(full) + (change.T if transposed else change)
-        if result.shape != old.shape:
-            raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
+            change = change.T if transposed else change
+            if change.shape != old.shape:
+                raise CheckpointError(f"the adapter of {name!r} has shape {change.shape}, but {source} has {old.shape}")
+            result = result.astype(full) + change
         return result.astype(old.dtype)
 
     have = {known[name].address for name in reader.files if name in known}

@@ -15,7 +15,8 @@ def sft(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array,
       mask: which positions count.
 
     Example:
-      >>> sft(jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([[True, False]])).round(3)
-      Array([[0.693, 0.   ]], dtype=float32)
+      >>> loss = sft(jnp.log(jnp.array([[0.5, 0.25]])), jnp.array([[True, False]]))
+      >>> [round(float(x), 3) for x in loss[0]]
+      [0.693, 0.0]
     """
     return jnp.where(mask, -logprobs, 0.0)

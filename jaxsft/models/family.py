@@ -92,6 +92,8 @@ def read_rope(read: Reader) -> Rope:
         raise ValueError(f"config.json's rope settings have keys that are not known: {', '.join(unknown)}")
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"config.json asks for rope type {kind!r}; known are default, linear, llama3")
+    if kind != "default" and "factor" not in scaling:
+        raise ValueError(f"config.json asks for rope type {kind!r} without its 'factor'")
     scaling["original_max_position"] = scaling.pop("original_max_position_embeddings", 8192)
     return Rope(theta=float(theta), kind=kind, **scaling)
 

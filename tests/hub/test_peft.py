@@ -191,8 +191,8 @@ def rename(t, old, new):
             "lora_magnitude_vector', which fits no kernel of the base",
         ),
         (lambda t: t.update(x=np.zeros(3, np.float32)), "has 'x', which fits no kernel of the base"),
-        (lambda t: [t.pop(name) for name in list(t) if "q_proj.lora_B" in name], "lacks a half of blocks/0-3/attn/q"),
-        (lambda t: [t.pop(name) for name in list(t) if "q_proj.lora_A" in name], "lacks a half of blocks/0-3/attn/q"),
+        (lambda t: [t.pop(name) for name in list(t) if "q_proj.lora_B" in name], "lacks a half of .*q"),
+        (lambda t: [t.pop(name) for name in list(t) if "q_proj.lora_A" in name], "lacks a half of .*q"),
         (lambda t: t.pop(f"{Q1}.lora_A.weight"), "lacks a half of"),
         (lambda t: t.pop(f"{Q1}.lora_B.weight"), "lacks a half of"),
         (lambda t: t.clear(), "lacks a half of everything"),
@@ -213,7 +213,7 @@ def test_a_rank_in_the_config_that_is_not_the_files_is_refused(folder, params, c
 
 def test_an_adapter_of_a_wider_model_is_refused(tiny, folder):
     wide = hub.read_config(tiny("llama", hidden_size=64, head_dim=8))[1]
-    with pytest.raises(CheckpointError, match=r"has shape \(3, \d+\); \(3, \d+\) was expected"):
+    with pytest.raises(CheckpointError, match=r"lora_[AB].weight' in .* has shape .*; .* was expected"):
         load(folder, hub.shapes(wide), wide)
 
 

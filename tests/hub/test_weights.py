@@ -285,11 +285,10 @@ def test_a_full_disk_is_a_checkpoint_error_wherever_it_strikes(base, loaded, tmp
         real = Path.write_text
         only = lambda file, *a, **k: full() if file.name.startswith("config.json") else real(file, *a, **k)
         monkeypatch.setattr(Path, "write_text", only)
+    export = lambda: hub.export(str(tmp_path), loaded[1], source=str(base))
+    merge = lambda: hub.merge(str(base), str(tmp_path))
     with pytest.raises(CheckpointError, match="No space left on device"):
-        if write == "export":
-            hub.export(str(tmp_path), loaded[1], source=str(base))
-        else:
-            hub.merge(str(base), str(tmp_path))
+        export() if write == "export" else merge()
     if where == "save_file":
         assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".part")]
 

@@ -129,8 +129,8 @@ def same_as(finished: Path, other: Path) -> None:
         assert (other / file).read_bytes() == (finished / file).read_bytes(), file
 
 
-def kill_and_resume(spawn, args: list[str], out: Path, kills: int, seed: int) -> tuple[list[int], int]:
-    """Starts a run again and again and kills it at a random moment after it has begun to learn.
+def kill_and_resume(spawn, args: list[str], out: Path, kills: int, seed: int, longest: float) -> tuple[list[int], int]:
+    """Starts a run again and again and kills it at a random moment, up to `longest` seconds after it began to learn.
 
     Returns the step that each process reached, and how many of the kills fell into a save.
     """
@@ -143,7 +143,7 @@ def kill_and_resume(spawn, args: list[str], out: Path, kills: int, seed: int) ->
             if any(TIMED in line for line in lines() - before):  # a step of this process: its speed is its own
                 break
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, longest))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         reached.append(max((row["step"] for row in read_metrics(metrics)), default=0))
@@ -161,11 +161,11 @@ def uninterrupted(spawn, args: list[str]) -> None:
 
 
 def test_a_killed_and_resumed_run_ends_bitwise_equal(spawn, small, rows, tmp_path):
-    more = {"train__max_steps": 60, "train__save_every": 1, "train__eval_every": 20}
+    more = {"train__max_steps": 24, "train__save_every": 1, "train__eval_every": 8}
     uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
     args = arguments(small, rows, tmp_path / "killed", **more)
-    reached, _ = kill_and_resume(spawn, args, tmp_path / "killed", kills=2, seed=0)
-    assert 0 < reached[0] < 60, f"the kill came too late or too early: {reached}"
+    reached, _ = kill_and_resume(spawn, args, tmp_path / "killed", kills=2, seed=0, longest=0.3)
+    assert 0 < reached[0] < 24, f"the kill came too late or too early: {reached}"
     same_as(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -175,7 +175,7 @@ def test_ten_kills_at_random_moments_change_nothing(spawn, small, rows, tmp_path
     more = {"train__max_steps": 200, "train__save_every": 1, "train__eval_every": 50}
     uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
     args = arguments(small, rows, tmp_path / "killed", **more)
-    reached, saving = kill_and_resume(spawn, args, tmp_path / "killed", kills=10, seed=1)
+    reached, saving = kill_and_resume(spawn, args, tmp_path / "killed", kills=10, seed=1, longest=2.0)
     print(f"killed after steps {reached}, {saving} of them during a save")
     assert len([step for step in reached if 0 < step < 200]) >= 8, f"the kills came too late or too early: {reached}"
     assert saving, "no kill fell into a save"
