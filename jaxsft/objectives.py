@@ -17,7 +17,23 @@ Objective = Callable[[Mapping, Tokens, Key | None], Sums]
 
 
 def supervised(model: Model) -> Objective:
-    """Next-token prediction of the learned tokens: SFT, and pre-training where every token is learned."""
+    """Next-token prediction of the learned tokens: SFT, and pre-training where every token is learned.
+
+    Args:
+      model: from `hub.load` or `models.build`.
+
+    Returns:
+      (variables, Tokens, key) -> Sums: the summed negative log-likelihood in nats, and the number of tokens it is over.
+
+    Example:
+      >>> import jax, jaxsft
+      >>> model, params = jaxsft.load(jaxsft.BASE)
+      >>> tokens = jnp.array([[5, 6, 7, 8]])
+      >>> ones = jnp.ones_like(tokens)
+      >>> sums = supervised(model)({"params": params}, Tokens(tokens, ones > 0, jnp.arange(4)[None], ones), None)
+      >>> float(sums.weight)  # nothing predicts the first one
+      3.0
+    """
 
     def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
         targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)

@@ -66,11 +66,15 @@ def start(config: Config) -> Path:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Runs a script's main: a known error ends it with its message alone, anything else with a traceback."""
+    """Runs a script's main: an error that jaxsft raised ends it with its message alone, any other with a traceback."""
     try:
         main()
-    except (RunError, ValueError, FileNotFoundError) as error:
-        if os.environ.get("JAXSFT_TRACEBACK") or not str(error):
+    except (RunError, ValueError) as error:
+        where = error.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        ours = where and where.tb_frame.f_globals.get("__name__", "").split(".")[0] == "jaxsft"
+        if not ours and not isinstance(error, RunError):
             raise
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -96,17 +100,8 @@ class Log:
         """Shows the bar while the block runs."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-        ]
-        columns += [
-            TextColumn("{task.fields[speed]} tokens/s"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        ]
+        figures = TextColumn("loss {task.fields[loss]} {task.fields[speed]} tokens/s left")
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn()]
         with Progress(*columns, disable=not self.writes) as bar:
             task = bar.add_task(label, total=steps, completed=self.step, loss="-", speed="-")
             self._bar = lambda **fields: bar.update(task, **fields)

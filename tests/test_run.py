@@ -120,24 +120,21 @@ def test_no_metrics_file_reads_as_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-@pytest.mark.parametrize("error", [RunError("why and what to do"), ValueError("bad value"), FileNotFoundError("gone")])
-def test_a_known_error_ends_with_its_message_alone(capsys, monkeypatch, error):
-    def main():
-        raise error
-
-    monkeypatch.delenv("JAXSFT_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as end:
-        run.guard(main)
-    assert end.value.code == 1
-    assert capsys.readouterr().err == f"\nerror: {error}\n"
-    monkeypatch.setenv("JAXSFT_TRACEBACK", "1")
-    with pytest.raises(type(error)):
-        run.guard(main)
-
-
 def test_an_unknown_error_keeps_its_traceback():
     def main():
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
         run.guard(main)
+
+
+def test_guard_shows_our_errors_as_a_message_and_others_whole(capsys):
+    def ours():
+        run.start(run.Config(output_dir=__file__))
+
+    with pytest.raises(SystemExit) as stopped:
+        run.guard(ours)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("\nerror: run.output_dir")
+    with pytest.raises(ValueError, match="invalid literal"):
+        run.guard(lambda: int("x"))

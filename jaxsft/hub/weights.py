@@ -166,6 +166,12 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
 
     Raises:
       CheckpointError: the disk is full, or `source` cannot be read.
+
+    Example:
+      >>> import tempfile, jaxsft
+      >>> model, params = load(jaxsft.BASE)
+      >>> [file.name for file in export(tempfile.mkdtemp(), params, source=jaxsft.BASE)]
+      ['model.safetensors']
     """
     folder, base = Path(path), resolve(source)
     family, config = read_config(base)
@@ -206,6 +212,12 @@ def merge(
 
     Raises:
       CheckpointError: a weight that the base does not have, or another shape than the base's.
+
+    Example:
+      >>> import tempfile, jaxsft
+      >>> _, params = load(jaxsft.BASE)
+      >>> [file.name for file in merge(jaxsft.BASE, tempfile.mkdtemp(), trained={"norm": params["norm"]})]
+      ['model.safetensors']
     """
     folder, source = Path(path), resolve(base)
     if folder.exists() and folder.samefile(source):
