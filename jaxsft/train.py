@@ -42,8 +42,8 @@ class Config:
     """pieces that a batch is computed in, one after the other, to save memory; the result is the same"""
     eval_every: int = 0
     """steps between evaluations on data.eval; 0 evaluates before and after only"""
-    save_every: int = 0
-    """steps between checkpoints; 0 saves at the end only"""
+    save_every: int = 500
+    """steps between checkpoints; one is written at the end as well, and 0 writes only that"""
     keep: int = 3
     """checkpoints that stay, the last ones"""
     log_every: int = 1
