@@ -84,61 +84,58 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class Reader:
-    """The tensors of a folder, by name; nothing is read before it is asked for."""
+    """The tensors of a folder, by name; nothing is read before it is asked for, and no file stays mapped after."""
 
     def __init__(self, folder: Path, single: str = SINGLE):
-        self.folder, self._open = folder, {}
+        self.folder = folder
         if (folder / INDEX).is_file():
-            names = read_json(folder / INDEX).get("weight_map", {})
+            self.files: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+            headers = {file: self._header(file) for file in sorted(set(self.files.values()))}
         elif (folder / single).is_file():
-            names = dict.fromkeys(self._handle(single).keys(), single)
+            headers = {single: self._header(single)}
+            self.files = dict.fromkeys(headers[single], single)
         else:
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
             raise CheckpointError(
                 f"{folder} has neither {single} nor {INDEX} (found: {found}); only safetensors are read"
             )
-        self.files: dict[str, str] = names
-        for file in sorted(set(names.values())):
-            missing = [name for name in names if names[name] == file and name not in self._names(file)]
-            if missing:
-                raise CheckpointError(
-                    f"{folder / file} lacks {missing[0]!r}, which {INDEX} places there; download it again"
-                )
+        for name, file in self.files.items():
+            if name not in headers[file]:
+                raise CheckpointError(f"{folder / file} lacks {name!r}, which {INDEX} places there; download it again")
+        self._header_of = {name: headers[file][name] for name, file in self.files.items()}
 
-    def _names(self, file: str) -> set[str]:
-        return set(self._handle(file).keys())
+    def _open(self, file: str):
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"shard {path} is missing, though {INDEX} names it; download it again")
+        try:
+            return safe_open(path, "np")
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise CheckpointError(
+                f"{path} ({size:,} bytes) is truncated or corrupt ({error}); download or export it again"
+            ) from error
 
-    def _handle(self, file: str):
-        if file not in self._open:
-            path = self.folder / file
-            if not path.is_file():
-                raise CheckpointError(f"shard {path} is missing, though {INDEX} names it; download it again")
-            try:
-                self._open[file] = safe_open(path, "np")
-            except (SafetensorError, OSError) as error:
-                size = path.stat().st_size
-                raise CheckpointError(
-                    f"{path} ({size:,} bytes) is truncated or corrupt ({error}); download or export it again"
-                ) from error
-        return self._open[file]
+    def _header(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        with self._open(file) as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._header_of[name][0]
 
     def dtype(self, name: str) -> np.dtype:
-        kind = self._slice(name).get_dtype()
+        kind = self._header_of[name][1]
         if kind not in DTYPES:
             raise CheckpointError(
                 f"{name!r} in {self.folder} has dtype {kind}; float32, float16 and bfloat16 are supported"
             )
         return DTYPES[kind]
 
-    def _slice(self, name: str):
-        return self._handle(self.files[name]).get_slice(name)
-
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or the part of it that `index` names."""
-        return self._slice(name)[index if index else slice(None)]
+        with self._open(self.files[name]) as opened:  # opened anew: what stays mapped counts as memory in use
+            return opened.get_slice(name)[index if index else slice(None)]
 
 
 class Tensor(NamedTuple):

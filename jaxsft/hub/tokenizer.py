@@ -1,5 +1,6 @@
 """Tokenizers: loaded through transformers, with what decides where an answer ends."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ def load_tokenizer(path: str):
     Raises:
       CheckpointError: the folder has none that transformers can read without running the folder's own code.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which nobody needs here
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = resolve(path)

@@ -124,12 +124,15 @@ def _check(reader: Reader, here: list[str], shape: tuple[int, ...], *, stacked: 
 def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
     """Makes one leaf, each device's slice read on its own."""
 
+    stacked = len(shape) == len(reader.shape(here[0])) + 1
+
     def part(index: Any) -> np.ndarray:
-        layers, inner = (index[0], index[1:]) if len(index) == len(reader.shape(here[0])) + 1 else (slice(0, 1), index)
-        inner = inner[::-1] if transposed else inner
-        parts = [reader.read(name, inner) for name in here[layers]]
-        parts = [(x.T if transposed else x).astype(dtype) for x in parts]
-        return np.stack(parts) if len(inner) < len(index) else parts[0]
+        layers, inner = (here[index[0]], index[1:]) if stacked else (here, index)
+        inside = [len(range(*cut.indices(n))) for cut, n in zip(inner, shape[-len(inner) :], strict=True)]
+        out = np.empty((len(layers), *inside), dtype)
+        for row, name in zip(out, layers, strict=True):
+            row[:] = reader.read(name, inner[::-1]).T if transposed else reader.read(name, inner)
+        return out if stacked else out[0]
 
     return jax.make_array_from_callback(shape, place, part)
 

@@ -1,6 +1,9 @@
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxsft import hub, lora, models, sharding, tree
-from jaxsft.hub import CheckpointError
+from jaxsft.hub import CheckpointError, names
 from jaxsft.hub.files import INDEX, SINGLE
 from jaxsft.lora import LoRA
 
@@ -400,3 +403,41 @@ def test_a_refused_merge_leaves_the_folder_that_was_there_as_it_was(base, tmp_pa
     with pytest.raises(CheckpointError):
         hub.merge(str(base), str(tmp_path), adapter=stack(5, 32, 32))
     assert (tmp_path / SINGLE).read_bytes() == before
+
+
+PEAK = """
+import resource, sys
+import jax
+from jaxsft import hub
+folder, out = sys.argv[1:]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+jax.block_until_ready(jax.numpy.zeros(1))
+start = peak()
+hub.merge(folder, out, shard_gb=0.02)
+merged = peak() - start
+_, params = hub.load(folder)
+jax.block_until_ready(params)
+print(merged, peak() - start)
+"""
+
+
+def test_no_host_holds_the_model_twice(tmp_path):
+    """A model of 224 MB: merging takes a few shards of 20 MB, loading the model and its largest leaf."""
+    config = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024}
+    config |= {"num_hidden_layers": 20, "num_attention_heads": 8, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    family, shape = hub.read_config(folder)
+    tensors, shapes = {}, tree.flat(hub.shapes(shape))
+    for path, leaf in shapes.items():
+        here, transposed = names.leaf_names(family, path)
+        size = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
+        tensors |= {name: np.full(size[::-1] if transposed else size, 0.01, np.float32) for name in here}
+    save_file(tensors, folder / "model.safetensors")
+    total = sum(x.nbytes for x in tensors.values())
+    command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, check=True)
+    merged, loaded = map(int, done.stdout.split())
+    assert merged < 0.6 * total, (merged, total)
+    assert loaded < 1.7 * total, (loaded, total)
