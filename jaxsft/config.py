@@ -35,7 +35,7 @@ def parse(kind: type[C], args: Sequence[str] | None = None) -> C:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    summary = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()
+    summary = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file of the keys below, by section")
     parser.add_class_arguments(kind)

@@ -212,9 +212,9 @@ def fit(
                     f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. Nothing was saved"
                     " since the last good checkpoint. Lower optim.learning_rate, look at the data"
                 )
-            values["learning_rate"] = float(rate(number - 1))
+            first = {"loss": values.pop("loss"), "learning_rate": float(rate(number - 1))}
             values["trained_tokens"] = int(values["trained_tokens"])
-            log.train(number, values, tokens, write=number % log_every == 0 or number == steps)
+            log.train(number, first | values, tokens, write=number % log_every == 0 or number == steps)
 
     with log.progress(steps):
         for batch in batches if at < steps else ():
