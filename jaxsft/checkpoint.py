@@ -24,7 +24,8 @@ FREE = ("run.", "export.", "mesh.", "train.save_every", "train.keep", "train.eva
 def open_folder(folder: Path, keep: int = 3) -> ocp.CheckpointManager:
     """Opens `folder`, made if needed; the last `keep` checkpoints stay. Close it with `close`."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    # What a killed process was writing is half a checkpoint: it goes when the folder is opened again.
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(folder.resolve(), options=options)
 
 

@@ -151,6 +151,7 @@ def kill_and_resume(spawn, args: list[str], out: Path, kills: int, seed: int, lo
     process = spawn("sft", *args, "--run.resume", "true")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
+    assert not [folder for folder in (out / "checkpoints").iterdir() if "tmp" in folder.name]
     return reached, saving
 
 
