@@ -15,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 METRICS = "metrics.jsonl"
+WRITTEN = (METRICS, "loss.png", "checkpoints", "adapter", "merged")  # in a run's folder
 
 
 class RunError(Exception):
@@ -30,7 +31,7 @@ class Config:
     resume: bool = False
     """continue from the last checkpoint in output_dir, or start if there is none"""
     overwrite: bool = False
-    """delete a former run in output_dir first"""
+    """delete a former run in output_dir first: its metrics, curve, checkpoints, adapter and merged model"""
     samples: int = 6
     """held-out rows that are answered before and after, for people to read"""
     distributed: bool = False
@@ -52,17 +53,27 @@ def start(config: Config) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.output_dir {folder} is a file; choose a folder")
     used = (folder / METRICS).exists() or (folder / "checkpoints").exists()
-    if used and config.overwrite and not config.resume and jax.process_index() == 0:
-        shutil.rmtree(folder)
-    elif used and not config.resume:
-        raise RunError(
-            f"run.output_dir {folder} holds another run; continue it with --run.resume true, "
-            "replace it with --run.overwrite true, or choose another folder"
-        )
+    if used and not config.resume:
+        if not config.overwrite:
+            raise RunError(
+                f"run.output_dir {folder} holds another run; continue it with --run.resume true, "
+                "replace it with --run.overwrite true, or choose another folder"
+            )
+        if jax.process_index() == 0:
+            _delete_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_count() > 1:  # nobody writes before the former run is gone
         multihost_utils.sync_global_devices("jaxsft.run.start")
     return folder
+
+
+def _delete_run(folder: Path) -> None:
+    """Deletes what a run writes, and nothing else that lies there."""
+    for name in WRITTEN:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def guard(main: Callable[[], None]) -> None:

@@ -104,14 +104,12 @@ def generate(
       4
     """
     tokens, lengths = _align(model, prompts, max_new_tokens)
-    if temperature and key is None:
-        raise ValueError("temperature above 0 draws at random; give a key, such as jax.random.key(0)")
     out, sizes = _generate(
         model,
         variables,
         tokens,
         lengths,
-        jax.random.key(0) if key is None else key,
+        _needed(key, temperature),
         max_new=max_new_tokens,
         draw=(temperature, top_k, top_p),
         stop=tuple(sorted(set(stop))),
@@ -131,14 +129,19 @@ def stream(
     stop: Sequence[int] = (),
     key: Key | None = None,
 ) -> Iterator[int]:
-    """Continues one prompt and yields each token as it comes; arguments as for `generate`, and the same tokens."""
+    """Continues one prompt and yields each token as it comes; arguments as for `generate`, and the same tokens.
+
+    Example:
+      >>> import jaxsft
+      >>> model, params = jaxsft.load(jaxsft.BASE)
+      >>> len(list(stream(model, {"params": params}, [5, 6], max_new_tokens=3)))
+      3
+    """
     tokens, lengths = _align(model, [prompt], max_new_tokens)
-    if temperature and key is None:
-        raise ValueError("temperature above 0 draws at random; give a key, such as jax.random.key(0)")
-    key, draw = jax.random.key(0) if key is None else key, (temperature, top_k, top_p)
+    key = _needed(key, temperature)
     scores, cache = _prefill(model, variables, tokens, lengths, _bucket(max_new_tokens))
     for i in range(max_new_tokens):
-        token = pick(scores, jax.random.fold_in(key, i), temperature=draw[0], top_k=draw[1], top_p=draw[2])
+        token = pick(scores, jax.random.fold_in(key, i), temperature=temperature, top_k=top_k, top_p=top_p)
         if int(token[0]) in stop:
             return
         yield int(token[0])
@@ -162,6 +165,12 @@ def asker(
         return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     return ask
+
+
+def _needed(key: Key | None, temperature: float) -> Key:
+    if temperature and key is None:
+        raise ValueError("temperature above 0 draws at random; give a key, such as jax.random.key(0)")
+    return jax.random.key(0) if key is None else key
 
 
 def _align(

@@ -11,14 +11,16 @@ Source: Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2 (Radford et al
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jaxsft import run
 from jaxsft.config import parse
+from jaxsft.data import read
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 PIECES = (
@@ -43,7 +45,7 @@ class Data:
     """What the tokenizer sees."""
 
     train: list[str] = field(default_factory=list)
-    """.jsonl (every string field of a row is a text) or .txt (a file is a text); a file named twice counts twice"""
+    """files as for data.train of sft.py; every string field of a row is a text, a file named twice counts twice"""
     heldout: list[str] = field(default_factory=list)
     """the same kinds of file; bytes per token are measured on them"""
     chinese: int = 1
@@ -70,20 +72,10 @@ class Config:
     """model_max_length, the positions of the model it is for"""
 
 
-def read_texts(paths: Iterable[str]) -> Iterator[str]:
-    """Yields the texts of .jsonl and .txt files.
-
-    Raises:
-      ValueError: a file is neither.
-    """
-    for path in map(Path, paths):
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".jsonl":
-            for line in path.read_text(encoding="utf-8").splitlines():
-                yield from (value for value in json.loads(line).values() if isinstance(value, str) and value)
-        else:
-            raise ValueError(f"{path} is neither .jsonl nor .txt; convert it to one of the two")
+def read_texts(paths: Sequence[str]) -> Iterator[str]:
+    """Yields every string field of the rows of some files."""
+    for row in read(paths):
+        yield from (value for value in row.fields.values() if isinstance(value, str) and value)
 
 
 def is_chinese(text: str) -> bool:
@@ -154,4 +146,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    run.guard(lambda: main(parse(Config)))

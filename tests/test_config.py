@@ -145,7 +145,8 @@ def test_a_missing_config_file_is_named(capsys):
 
 
 def test_yaml_that_does_not_parse_is_refused(capsys, yaml):
-    refused(capsys, ["--config", yaml("inner: {rate: 1\nname: [")])
+    file = yaml("inner: {rate: 1\nname: [")
+    assert str(file) in refused(capsys, ["--config", file])
 
 
 def test_print_config_shows_a_file_that_reads_back_to_the_same(capsys, yaml):

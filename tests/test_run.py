@@ -46,6 +46,19 @@ def test_overwrite_deletes_the_former_run(used):
     assert list(used.iterdir()) == []
 
 
+def test_overwrite_deletes_nothing_that_a_run_does_not_write(used):
+    (used / "thesis.txt").write_text("mine")
+    run.start(config(used, overwrite=True))
+    assert [p.name for p in used.iterdir()] == ["thesis.txt"]
+
+
+def test_every_process_may_overwrite(used, monkeypatch):
+    """The first one deletes; the others find the folder as it was, and wait."""
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    run.start(config(used, overwrite=True))
+    assert (used / "checkpoints").exists()
+
+
 def test_resume_keeps_the_former_run_even_with_overwrite(used):
     before = sorted(p.name for p in used.iterdir())
     run.start(config(used, resume=True, overwrite=True))

@@ -23,13 +23,13 @@ from jaxsft.tree import Tree
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "init_lora_weights"}
+PLAIN = (None, True, False, "gaussian", "eva")  # initialisations that leave the base as it is; PiSSA and others do not
 # How the adapter was made or found its layers; what it computes does not depend on these.
 NEUTRAL = frozenset(
-    "alora_invocation_tokens auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
-    "exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config megatron_config "
-    "megatron_core monteclora_config peft_version qalora_group_size revision runtime_config target_parameters "
-    "task_type".split()
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
+    "exclude_modules inference_mode layers_pattern layers_to_transform loftq_config megatron_config "
+    "megatron_core peft_version qalora_group_size revision runtime_config task_type".split()
 )
 
 
@@ -95,7 +95,8 @@ def read_spec(folder: Path) -> LoRA:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / CONFIG} has peft_type {config.get('peft_type')!r}; only LORA is supported")
     for key, value in config.items():
-        if key not in READ | NEUTRAL and value not in (None, False, "none", [], {}):
+        other = key not in READ | NEUTRAL and value not in (None, False, "none", [], {})
+        if other or (key == "init_lora_weights" and value not in PLAIN):
             raise CheckpointError(f"{folder / CONFIG} sets {key!r} to {value!r}, which is not supported")
     return LoRA(
         rank=config.get("r", 8),
@@ -111,10 +112,21 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: DecoderC
     In a stack where only some layers have the adapter the others get a zero one.
 
     Returns:
-      (adapter, spec); numpy leaves, for `sharding.place` or direct use.
+      (adapter, spec); the leaves are numpy arrays, which `variables["lora"]` takes as they are.
 
     Raises:
       CheckpointError: an unsupported setting, a tensor of an unknown name, or one that fits no kernel of the base.
+
+    Example:
+      >>> import tempfile, jaxsft
+      >>> from jaxsft import lora, models
+      >>> model, params = jaxsft.load(jaxsft.BASE)
+      >>> spec, out, llama = LoRA(rank=2), tempfile.mkdtemp(), models.FAMILIES["llama"]
+      >>> adapter = lora.init(jax.random.key(0), params, spec)
+      >>> _ = export_adapter(out, adapter, spec, family=llama, base=jaxsft.BASE)
+      >>> again, found = load_adapter(out, params, family=llama, config=model.config)
+      >>> found.rank, tree.flat(again).keys() == tree.flat(adapter).keys()
+      (2, True)
     """
     folder = Path(path)
     if not folder.is_dir():

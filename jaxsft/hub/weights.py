@@ -86,9 +86,9 @@ def load(
     family, config = read_config(folder)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     reader = Reader(folder)
-    leaves, wanted = tree.flat(shapes(config, cut)), set()
-    placed = sharding.shardings(shapes(config, cut), family.rules, mesh)
-    params = {}
+    described = shapes(config, cut)
+    leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
+    params, wanted = {}, set()
     for path_, place in tree.flat(placed).items():
         here, transposed = names.leaf_names(family, path_)
         _check(reader, here, leaves[path_].shape, stacked=path_.startswith("blocks/"), transposed=transposed)

@@ -71,7 +71,7 @@ def attend(
     """Softmax(q k / sqrt(H)) v over the visible keys; N query heads share K key heads in groups of N / K.
 
     Args:
-      q, k, v: heads before the rotation is undone; softmax in float32 whatever their dtype.
+      q, k, v: heads, q and k rotated; softmax in float32 whatever their dtype.
       query, key: where the queries and keys stand.
       window: how many positions back a token sees, itself included.
       ordered: T = S and no query needs a key further right in its row, as in training rows: work is skipped.

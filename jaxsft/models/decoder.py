@@ -12,6 +12,7 @@ can differ in what trains: the backward pass ends at the first part that trains 
 cut from the tree, so nothing else needs to know of it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -180,6 +181,21 @@ def split(params: Tree, at: int) -> Tree:
     return {**params, "blocks": stacks}
 
 
+def _init(config: DecoderConfig, key: Key) -> Tree:
+    key_embed, key_head, key_blocks = jax.random.split(key, 3)
+    block, x = Block(config), jnp.zeros((1, 1, config.hidden))
+    where = Where(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    angles = rotary.angles(where.positions, rotary.frequencies(config.rope, config.head_dim))
+    one = lambda k: block.init(k, x, angles, where, NO_WINDOW)["params"]
+    table = lambda k: {"table": 0.02 * jax.random.normal(k, (config.vocab_size, config.hidden))}
+    params = {
+        "embed": table(key_embed),
+        "blocks": {f"0-{config.layers - 1}": jax.vmap(one)(jax.random.split(key_blocks, config.layers))},
+        "norm": {"scale": jnp.ones(config.hidden)},
+    }
+    return params if config.tied else {**params, "head": table(key_head)}
+
+
 def build(
     config: DecoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, remat: str = "none", lora_dropout: float = 0.0
 ) -> Model:
@@ -188,8 +204,8 @@ def build(
     Args:
       config: its architecture.
       dtype: of the computation, float32 or bfloat16; softmax, norms and losses are float32 whatever it is.
-      remat: what the backward pass computes again: "none" keeps all, "dots" all but the matrix products' inputs
-        within a layer, "block" everything but the layers' inputs.
+      remat: what the backward pass computes again: "none": nothing, "dots": all but the results of matrix products,
+        "block": all but the inputs of the layers.
       lora_dropout: rate of the dropout before A, used where `features` gets a dropout key.
 
     Raises:
@@ -209,20 +225,6 @@ def build(
     inverse = rotary.frequencies(config.rope, config.head_dim)
     final_norm = RMSNorm(config.norm_eps)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
-
-    def init(key: Key) -> Tree:
-        key_embed, key_head, key_blocks = jax.random.split(key, 3)
-        x = jnp.zeros((1, 1, config.hidden))
-        where = Where(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-        angles = rotary.angles(where.positions, inverse)
-        one = lambda k: block.init(k, x, angles, where, NO_WINDOW)["params"]
-        table = lambda k: {"table": 0.02 * jax.random.normal(k, (config.vocab_size, config.hidden))}
-        params = {
-            "embed": table(key_embed),
-            "blocks": {f"0-{config.layers - 1}": jax.vmap(one)(jax.random.split(key_blocks, config.layers))},
-            "norm": {"scale": jnp.ones(config.hidden)},
-        }
-        return params if config.tied else {**params, "head": table(key_head)}
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
         params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
@@ -276,4 +278,4 @@ def build(
         shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return Model(config, init, features, output, extend, empty)
+    return Model(config, functools.partial(_init, config), features, output, extend, empty)

@@ -117,8 +117,10 @@ def test_the_spec_comes_back_with_its_scale(folder, params, config):
 
 def test_settings_at_values_that_change_nothing_are_accepted(folder, params, config):
     change(folder, use_dora=False, modules_to_save=None, rank_pattern={}, alpha_pattern={}, peft_version="0.20.0")
+    plain = load(folder, params, config)[0]
     change(folder, init_lora_weights="gaussian", layers_to_transform=[0, 1], revision="main", lora_bias=False)
-    load(folder, params, config)
+    for path, leaf in tree.flat(load(folder, params, config)[0]).items():
+        np.testing.assert_array_equal(leaf, tree.flat(plain)[path])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,10 @@ def test_settings_at_values_that_change_nothing_are_accepted(folder, params, con
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 4]]),
         ("a_key_of_the_future", 1),
+        ("init_lora_weights", "pissa"),  # its adapter belongs to another base
+        ("init_lora_weights", "olora"),
+        ("alora_invocation_tokens", [7]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ],
 )
 def test_a_setting_that_is_not_supported_is_refused_by_name(folder, params, config, key, value):
@@ -160,6 +166,7 @@ def test_layers_that_a_file_leaves_out_get_a_zero_adapter(folder, adapter, param
 def test_an_adapter_lands_in_the_stacks_of_a_cut_model(folder, adapter, params, config):
     cut = jax.eval_shape(lambda p: models.split(p, 1), params)
     back = load(folder, cut, config)[0]
+    assert list(back["blocks"]) == ["0-0", "1-3"]
     same({"blocks": back["blocks"]}, {"blocks": models.split({"blocks": adapter["blocks"]}, 1)["blocks"]})
 
 

@@ -97,5 +97,6 @@ def test_the_script_trains_what_transformers_loads(tmp_path):
     assert all(small.decode(small.encode(text)) == text for text in [*texts, *NASTY])
     with pytest.raises(ValueError, match="lower it or add text"):
         script["train"](["too short"], 400)
-    with pytest.raises(ValueError, match=r"neither \.jsonl nor \.txt"):
-        list(script["read_texts"](["text.csv"]))
+    (tmp_path / "text.pdf").write_text("%PDF")
+    with pytest.raises(ValueError, match=r"text.pdf is of no known kind '.pdf'"):
+        list(script["read_texts"]([str(tmp_path / "text.pdf")]))
