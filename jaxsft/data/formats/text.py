@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxsft.data.chat import Text
-from jaxsft.data.sources import DataError
+from jaxsft.data.formats.turns import string
 
 COLUMNS = ("text",)
 
@@ -18,6 +18,4 @@ def parse(fields: dict[str, Any]) -> Text:
       >>> parse({"text": "Once upon a time"})
       Text(text='Once upon a time')
     """
-    if not isinstance(fields["text"], str):
-        raise DataError(f"text is {fields['text']!r}; expected a string")
-    return Text(fields["text"])
+    return Text(string(fields, "text"))
