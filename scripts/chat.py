@@ -28,6 +28,9 @@ class Config:
     """an adapter folder in PEFT's format, to put on the model"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of weights and computation"""
+    template: str = ""
+    """a chat template by name, or a .jinja file, as for data.template; by default the adapter's or
+    the model's own"""
     system: str = ""
     """a system message, where the chat template takes one"""
     ask: str = ""
@@ -48,7 +51,8 @@ def pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def main(cfg: Config) -> None:
-    tokenizer = hub.load_tokenizer(cfg.model)
+    template = cfg.template or (hub.adapter_template(cfg.adapter) if cfg.adapter else "")
+    tokenizer = data.with_template(hub.load_tokenizer(cfg.model), template)
     model, params = hub.load(cfg.model, dtype=jnp.dtype(cfg.dtype))
     variables = {"params": params}
     if cfg.adapter:

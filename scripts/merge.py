@@ -9,7 +9,7 @@ The first form takes a PEFT adapter folder, ours or PEFT's; the second any step 
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxsft import checkpoint, config, hub, lora, report, run
+from jaxsft import checkpoint, config, data, hub, lora, report, run
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ def main(cfg: Config) -> None:
     if bool(cfg.adapter) == bool(cfg.checkpoint):
         raise run.RunError("give either adapter (a PEFT folder) or checkpoint (RUN/checkpoints/STEP)")
     adapter = trained = None
+    template = ""
     if cfg.checkpoint:
         step = Path(cfg.checkpoint)
         leaves, saved = checkpoint.read_trained(step), checkpoint.read_config(step)
@@ -41,13 +42,14 @@ def main(cfg: Config) -> None:
         if "lora" in leaves:
             fields = {key.removeprefix("tuning.lora."): v for key, v in saved.items() if key.startswith("tuning.lora.")}
             adapter = lora.with_scale(leaves["lora"], lora.LoRA(**fields))
-        trained = leaves.get("params")
+        trained, template = leaves.get("params"), saved.get("data.template", "")
     else:
         base = cfg.base
         family, shape = hub.read_config(hub.resolve(base))
+        template = hub.adapter_template(cfg.adapter)
         adapter, _ = hub.load_adapter(cfg.adapter, hub.shapes(shape), family=family, config=shape)
     files = hub.merge(base, cfg.out, adapter=adapter, trained=trained, shard_gb=cfg.shard_gb)
-    hub.save_template(Path(cfg.out), hub.load_tokenizer(base))
+    hub.save_template(Path(cfg.out), data.with_template(hub.load_tokenizer(base), template))
     report.summary("merged", {"base": base, "into": cfg.out, "files": len(files), "size": report.size(Path(cfg.out))})
 
 

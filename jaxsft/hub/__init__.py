@@ -5,7 +5,7 @@ from typing import Literal
 
 from jaxsft.hub.files import CheckpointError, resolve
 from jaxsft.hub.peft import export_adapter, load_adapter
-from jaxsft.hub.tokenizer import load_tokenizer, save_template, stop_tokens
+from jaxsft.hub.tokenizer import adapter_template, load_tokenizer, save_template, stop_tokens
 from jaxsft.hub.weights import export, init, load, merge, read_config, shapes
 
 
@@ -37,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ExportConfig",
+    "adapter_template",
     "export",
     "export_adapter",
     "init",

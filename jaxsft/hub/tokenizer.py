@@ -5,8 +5,8 @@ from pathlib import Path
 
 import jax
 
-from jaxsft.data import chat
-from jaxsft.hub.files import CheckpointError, read_json, resolve
+from jaxsft.data import templates
+from jaxsft.hub.files import CheckpointError, read_json, resolve, write_json
 
 
 def load_tokenizer(path: str):
@@ -25,7 +25,7 @@ def load_tokenizer(path: str):
         tokenizer = kind.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{folder} has no tokenizer that loads ({type(error).__name__}: {error})") from error
-    return chat.with_template(tokenizer)
+    return templates.with_template(tokenizer)
 
 
 def stop_tokens(path: str, tokenizer) -> tuple[int, ...]:
@@ -37,10 +37,32 @@ def stop_tokens(path: str, tokenizer) -> tuple[int, ...]:
     return tuple(sorted(stops))
 
 
+def adapter_template(adapter: str) -> str:
+    """The path of the chat template that lies with an adapter, "" if there is none."""
+    file = Path(adapter) / "chat_template.jinja"
+    return str(file) if file.is_file() else ""
+
+
 def save_template(folder: Path, tokenizer) -> None:
-    """Writes the chat template beside exported weights where their source had none, so that people ask as we taught."""
-    has = (folder / "chat_template.jinja").exists()
-    file = folder / "tokenizer_config.json"
-    has = has or (file.is_file() and read_json(file).get("chat_template"))
-    if not has and jax.process_index() == 0:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    """Makes exported files ask as we taught: the chat template and the token that ends an answer, where they differ."""
+    if jax.process_index():
+        return
+    settings = folder / "tokenizer_config.json"
+    known = read_json(settings) if settings.is_file() else {}
+    file = folder / "chat_template.jinja"
+    own = file.read_text(encoding="utf-8") if file.is_file() else known.get("chat_template")
+    if own != tokenizer.chat_template:
+        file.write_text(tokenizer.chat_template, encoding="utf-8")
+    if not known:  # an adapter's folder
+        return
+    eos = known.get("eos_token")
+    changed = {key: value for key, value in known.items() if key != "chat_template" or own == tokenizer.chat_template}
+    if (eos.get("content") if isinstance(eos, dict) else eos) != tokenizer.eos_token:
+        changed["eos_token"] = tokenizer.eos_token
+        generation = folder / "generation_config.json"
+        write_json(
+            generation,
+            (read_json(generation) if generation.is_file() else {}) | {"eos_token_id": tokenizer.eos_token_id},
+        )
+    if changed != known:
+        write_json(settings, changed)
