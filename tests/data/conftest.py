@@ -67,3 +67,13 @@ def shared() -> Path:
 def make():
     """Makes the byte-level tokenizer with other special tokens or templates."""
     return byte_level
+
+
+def documents(rows) -> list[tuple]:
+    """(ids, mask) of every document in rows of Tokens, by a plain loop."""
+    found = []
+    for row in rows:
+        for number in range(1, int(row.segments.max(initial=0)) + 1):
+            here = row.segments == number
+            found.append((tuple(row.tokens[here].tolist()), tuple(row.mask[here].tolist())))
+    return found

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 import pytest
 
 from jaxsft.data import DataError
-from jaxsft.data.chat import Conversation, Message, Text, prompt_ids, render, render_text, with_template
+from jaxsft.data.chat import Conversation, Message, Text
+from jaxsft.data.render import prompt_ids, render, render_text
+from jaxsft.data.templates import with_template
 
 CHINESE = "你好，龘！🙂"
 
@@ -31,7 +33,7 @@ def runs(example, tokenizer):
 def piecewise(conversation, tokenizer):
     """ChatML written out piece by piece: ids and mask from a plain loop, no offsets."""
     ids, mask = [], []
-    for role, content in conversation.messages:
+    for role, content, *_ in conversation.messages:
         answer = role == "assistant"
         for piece, learned in (
             (f"<|im_start|>{role}\n", False),
@@ -72,7 +74,7 @@ def test_every_assistant_turn_is_learned_as_written_piece_by_piece(chatml, conve
     ids, mask = piecewise(conversation, chatml)
     assert example.ids.tolist() == ids
     assert example.mask.tolist() == mask
-    answers = [content + "<|im_end|>" for role, content in conversation.messages if role == "assistant"]
+    answers = [content + "<|im_end|>" for role, content, *_ in conversation.messages if role == "assistant"]
     assert runs(example, chatml) == answers
 
 
@@ -180,7 +182,8 @@ LAST_FIRST = "{% for m in messages | reverse %}{{ m.role[0] + ':' }}BODY{{ '<|im
 
 
 def test_generation_marks_decide_where_turns_cannot_be_told(make):
-    body = "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% endif %}"
+    body = "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    body += "{% else %}{{ m.content }}{% endif %}"
     tokenizer = make(eos_token="<|im_end|>", chat_template=LAST_FIRST.replace("BODY", body))
     example = render(talk("hello", "world", "good", CHINESE), tokenizer)
     assert runs(example, tokenizer) == [f"{CHINESE}<|im_end|>", "world<|im_end|>"]
