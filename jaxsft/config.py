@@ -93,6 +93,9 @@ def flat(config) -> dict[str, object]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             found |= {f"{field.name}.{key}": inner for key, inner in flat(value).items()}
+        elif isinstance(value, list):
+            plain = lambda one: dataclasses.asdict(one) if dataclasses.is_dataclass(one) else one  # type: ignore[arg-type]
+            found[field.name] = [plain(one) for one in value]
         else:
             found[field.name] = value
     return found

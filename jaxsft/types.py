@@ -28,6 +28,29 @@ class Tokens(NamedTuple):
     segments: Int[Array, "B T"]
 
 
+class Pairs(NamedTuple):
+    """Two answers to each prompt, a row an answer; both sides begin with the prompt and learn the answer alone."""
+
+    chosen: Tokens
+    rejected: Tokens
+    margin: Float[Array, "B"]  # how much better chosen is, 0 where the data does not say
+
+
+class Judged(NamedTuple):
+    """An answer a row, and whether it is wanted."""
+
+    answers: Tokens
+    label: Bool[Array, "B"]
+
+
+class Prompts(NamedTuple):
+    """Prompts to answer, on the left; rows that only fill a batch have length 0 and row -1."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    rows: Int[Array, "B"]  # of the data, to look up what else the row says
+
+
 class Sums(NamedTuple):
     """What an objective returns: sums and their weight, never means, so that any split of a batch adds up."""
 

@@ -3,7 +3,8 @@
     python scripts/sft.py --config configs/quickstart.yaml
     python scripts/sft.py --config configs/quickstart.yaml --data.train mine.jsonl --run.output_dir runs/mine
 
-Rows are {"instruction", "input", "output"} or {"messages": [{"role", "content"}, ...]}.
+Rows are {"instruction", "input", "output"}, {"messages": [{"role", "content"}, ...]} or of any format in docs/data.md;
+look at them with scripts/inspect_data.py first.
 """
 
 import dataclasses
@@ -51,10 +52,8 @@ def main(cfg: Config) -> None:
     key_lora = jax.random.key(cfg.train.seed)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
-    tokenizer = hub.load_tokenizer(cfg.model.path)
-    how = {"format": cfg.data.format, "max_length": cfg.data.max_length, "packing": cfg.data.packing}
-    rows, found = data.load(cfg.data.train, tokenizer, **how)
-    held_out = data.load(cfg.data.eval, tokenizer, **how)[0] if cfg.data.eval else None
+    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    rows, held_out, found = data.load(cfg.data, tokenizer)
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def main(cfg: Config) -> None:
     report.summary("model", tuning.describe(plan, trainable, frozen))
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
-    asked = data.questions(cfg.data.eval, tokenizer, cfg.data.format, cfg.run.samples) if cfg.data.eval else []
+    asked = data.questions(held_out, tokenizer, cfg.run.samples) if held_out else []
     stop = hub.stop_tokens(cfg.model.path, tokenizer)
     ask = sample.asker(model, tokenizer, [question.ids for question in asked], stop, cfg.sample)
     before = ask(tree.combine(trainable, frozen))

@@ -1,13 +1,16 @@
 """Eight CPU devices and no network for every test, and tiny random checkpoints in Hugging Face's format."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAXSFT_CACHE"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+atexit.register(shutil.rmtree, os.environ["JAXSFT_CACHE"], ignore_errors=True)
 
 BASE = Path(__file__).parents[1] / "jaxsft" / "assets" / "base"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

@@ -1,34 +1,77 @@
 """Data: rows from files and the hub, read in one of the `FORMATS`, tokenised, packed and streamed."""
 
-from jaxsft.data.chat import Conversation, Example, Message, Text, prompt_ids, render, render_text, with_template
+from jaxsft.data.buckets import LoadedRows, Rows, batches_by_length, load_rows
+from jaxsft.data.chat import (
+    Completion,
+    Conversation,
+    Image,
+    Message,
+    Preference,
+    Prompt,
+    Text,
+    ToolCall,
+    Unpaired,
+)
 from jaxsft.data.formats import FORMATS, Format, detect, parse
+from jaxsft.data.info import Source, resolve
+from jaxsft.data.load import Config, Loaded, Report, kind_of, load, records
 from jaxsft.data.questions import Question, questions
-from jaxsft.data.sources import DataError, Row, read
-from jaxsft.data.stream import Batch, Config, PackedRows, Report, batches, load, steps_per_epoch
+from jaxsft.data.render import Example, prompt_ids, render, render_text
+from jaxsft.data.rows import Bad, DataError, Row
+from jaxsft.data.script import How
+from jaxsft.data.sources import read, scan
+from jaxsft.data.stream import (
+    Batch,
+    PackedRows,
+    batches,
+    in_memory,
+    steps_per_epoch,
+)
+from jaxsft.data.templates import TEMPLATES, with_template
 
 __all__ = [
     "FORMATS",
+    "TEMPLATES",
+    "Bad",
     "Batch",
+    "Completion",
     "Config",
     "Conversation",
     "DataError",
     "Example",
     "Format",
+    "How",
+    "Image",
+    "Loaded",
+    "LoadedRows",
     "Message",
     "PackedRows",
+    "Preference",
+    "Prompt",
     "Question",
     "Report",
     "Row",
+    "Rows",
+    "Source",
     "Text",
+    "ToolCall",
+    "Unpaired",
     "batches",
+    "batches_by_length",
     "detect",
+    "in_memory",
+    "kind_of",
     "load",
+    "load_rows",
     "parse",
     "prompt_ids",
     "questions",
     "read",
+    "records",
     "render",
     "render_text",
+    "resolve",
+    "scan",
     "steps_per_epoch",
     "with_template",
 ]

@@ -5,17 +5,20 @@ that lose none. Documents are placed best fit, longest first (Johnson et al. 197
 numbers keep them apart.
 """
 
+import array
 from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
-from jaxsft.data.chat import Example
+from jaxsft.data.render import Example, Rendered
 from jaxsft.types import Tokens
 
 
-def truncate(example: Example, max_length: int) -> Example:
+def truncate(
+    example: Example, max_length: int, *, answers: Bool[np.ndarray, "N"] | None = None, last_first: bool = False
+) -> Example:
     """Cuts a conversation turn by turn, each as question and answer share the room that is left, ends first.
 
         2 * answer < room      the question is cut
@@ -25,6 +28,8 @@ def truncate(example: Example, max_length: int) -> Example:
     Args:
       example: a rendered conversation.
       max_length: tokens to keep at most.
+      answers: where its answers are, if they are not what is learned.
+      last_first: room goes to the last turn first, and the first turns are lost; otherwise the other way round.
 
     Example:
       >>> question_and_answer = Example(np.arange(10), np.arange(10) >= 8)
@@ -33,14 +38,43 @@ def truncate(example: Example, max_length: int) -> Example:
     """
     if len(example.ids) <= max_length:
         return example
-    keep, room, at = [np.arange(0)], max_length, 0
-    edges = np.flatnonzero(np.diff(example.mask.astype(np.int8), prepend=0, append=0))
-    for start, stop in edges.reshape(-1, 2):
-        question, answer = _shares(start - at, stop - start, room)
-        keep += [np.arange(at, at + question), np.arange(start, start + answer)]
-        room, at = room - question - answer, stop
-    kept = np.concatenate(keep)
+    answers = example.mask if answers is None else answers
+    edges = np.flatnonzero(np.diff(answers.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    begins = [0, *edges[:, 1]][: len(edges)]
+    keep, room = [np.arange(0)], max_length
+    turns = list(zip(begins, *edges.T, strict=True))
+    for begin, start, stop in reversed(turns) if last_first else turns:
+        question, answer = _shares(start - begin, stop - start, room)
+        keep += [np.arange(begin, begin + question), np.arange(start, start + answer)]
+        room -= question + answer
+    kept = np.sort(np.concatenate(keep))
     return Example(example.ids[kept], example.mask[kept])
+
+
+def truncate_pair(chosen: Rendered, rejected: Rendered, max_length: int) -> tuple[Example, Example]:
+    """Cuts both answers to one prompt alike: the prompt, the answers or both lose their ends, as `truncate` does.
+
+    Raises:
+      ValueError: the prompts differ.
+
+    Example:
+      >>> side = lambda answer: Rendered(np.arange(4 + answer), *(2 * [np.arange(4 + answer) >= 4]))
+      >>> [cut.ids.tolist() for cut in truncate_pair(side(2), side(4), 6)]
+      [[0, 1, 2, 4, 5], [0, 1, 2, 4, 5, 6]]
+    """
+    start = int(np.argmax(chosen.mask))
+    longest = max(len(chosen.ids), len(rejected.ids)) - start
+    cut = []
+    for side in (chosen, rejected):
+        if int(np.argmax(side.mask)) != start or (side.ids[:start] != chosen.ids[:start]).any():
+            raise ValueError("chosen and rejected do not begin with the same prompt")
+        if start + longest <= max_length:
+            cut.append(Example(side.ids, side.mask))
+            continue
+        prompt, answer = _shares(start, longest, max_length)
+        kept = np.r_[:prompt, start : min(start + answer, len(side.ids))]
+        cut.append(Example(side.ids[kept], side.mask[kept]))
+    return cut[0], cut[1]
 
 
 def _shares(question: int, answer: int, room: int) -> tuple[int, int]:
@@ -72,46 +106,56 @@ def chunks(example: Example, max_length: int) -> list[Example]:
     return pieces
 
 
-def plan(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+def plan(lengths: Int[np.ndarray, "D"], max_length: int) -> tuple[Int[np.ndarray, "D"], Int[np.ndarray, "R+1"]]:
     """Places documents in as few rows as best fit, longest first, finds.
+
+    Memory is a few integers a document and a row; rows that have the same space left are a linked list.
 
     Args:
       lengths: tokens of each document, none above `max_length`.
       max_length: tokens of a row.
 
     Returns:
-      for each row, the numbers of its documents.
+      (order, rows): the numbers of the documents, row by row, and where in `order` each row begins, and the end.
 
     Raises:
       ValueError: a document is longer than a row.
 
     Example:
-      >>> plan([3, 5, 2, 6], 8)
-      [[3, 2], [1, 0]]
+      >>> [array.tolist() for array in plan(np.array([3, 5, 2, 6]), 8)]
+      [[3, 2, 1, 0], [0, 2, 4]]
     """
-    if max(lengths, default=0) > max_length:
-        raise ValueError(f"a document has {max(lengths)} tokens, a row {max_length}; truncate it or cut it into chunks")
-    rows: list[list[int]] = []
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.size and lengths.max() > max_length:
+        raise ValueError(
+            f"a document has {lengths.max()} tokens, a row {max_length}; truncate it or cut it into chunks"
+        )
+    if lengths.size and lengths.min() < 1:
+        raise ValueError("a document has no tokens; leave it out")
+    longest_first = np.argsort(-lengths, kind="stable")
     free: list[int] = []  # the amounts of space there are, in order
-    having: defaultdict[int, list[int]] = defaultdict(list)  # the rows that have so much
-    for document in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
-        length = int(lengths[document])
+    having = [-1] * (max_length + 1)  # the last row that has so much, -1 for none
+    before = array.array("q")  # the row that has as much as this one, and was there before it
+    row_of = np.empty(len(lengths), np.int64)
+    for document, length in zip(longest_first, lengths[longest_first].tolist(), strict=True):
         at = bisect_left(free, length)
         if at == len(free):
-            row, space = len(rows), max_length
-            rows.append([])
+            row, space = len(before), max_length
+            before.append(-1)
         else:
             space = free[at]
-            row = having[space].pop()
-            if not having[space]:
+            row = having[space]
+            having[space] = before[row]
+            if having[space] < 0:
                 del free[at]
-        rows[row].append(document)
+        row_of[document] = row
         left = space - length
         if left:
-            if not having[left]:
+            if having[left] < 0:
                 insort(free, left)
-            having[left].append(row)
-    return rows
+            before[row], having[left] = having[left], row
+    order = longest_first[np.argsort(row_of[longest_first], kind="stable")]
+    return order, np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(before)))]).astype(np.int64)
 
 
 def fill(examples: Sequence[Example], length: int) -> Tokens:
@@ -129,7 +173,7 @@ def fill(examples: Sequence[Example], length: int) -> Tokens:
     at = 0
     for number, (ids, mask) in enumerate(examples, 1):
         here = slice(at, at + len(ids))
-        for array, values in zip(row, (ids, mask, np.arange(len(ids)), number), strict=True):
-            array[here] = values  # type: ignore[index]
+        for place, values in zip(row, (ids, mask, np.arange(len(ids)), number), strict=True):
+            place[here] = values  # type: ignore[index]
         at += len(ids)
     return row

@@ -1,12 +1,13 @@
 """Questions to ask a model before and after training: the prompts of held-out rows, and the answers they want."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsft.data import chat, formats
-from jaxsft.data.sources import read
+from jaxsft.data.chat import Message
+from jaxsft.data.rows import DataError
+from jaxsft.data.script import write
+from jaxsft.data.stream import PackedRows
 
 OPENING = 12  # tokens of a plain text that are shown to be continued
 
@@ -17,29 +18,40 @@ class Question(NamedTuple):
     answer: str  # the row's own
 
 
-def questions(source: str | Sequence[str], tokenizer: Any, format: str, count: int) -> list[Question]:
-    """Takes `count` rows, evenly over the source, as questions: a conversation up to its last answer, a text's opening.
+def questions(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
+    """Takes `count` documents, evenly over the rows' sources, as questions.
 
-    Example:
-      >>> from tokenizers import Tokenizer, models, pre_tokenizers
-      >>> from transformers import PreTrainedTokenizerFast
-      >>> core = Tokenizer(models.WordLevel({"</s>": 0, "?": 1}, "?"))
-      >>> tokenizer = chat.with_template(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
-      >>> [q.answer for q in questions("jaxsft/assets/quickstart/train.jsonl", tokenizer, "auto", 1)]
-      ['您好我是微调后的大模型']
+    Of a conversation it is all up to its last learned answer, and `text` is what the user said last; of a text it is
+    the opening.
+
+    Args:
+      rows: held out, from `load`.
+      tokenizer: that they were tokenised with.
+      count: how many.
     """
-    rows = read(source)
-    chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int)) if count else []
+    documents = np.unique(rows.documents)
+    chosen = np.unique(np.linspace(0, len(documents) - 1, count).round().astype(int)) if count else []
     found = []
-    for row in (rows[i] for i in chosen):
-        parsed = formats.parse(row.fields, format)
-        if isinstance(parsed, chat.Text):
-            ids = chat.render_text(parsed, tokenizer).ids.tolist()
+    for document in documents[chosen]:
+        ids, mask = rows.document(document)
+        if mask[1:].all():  # a text
             opening, rest = ids[:OPENING], ids[OPENING : 4 * OPENING]
             text, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (opening, rest))
-            found.append(Question(text, opening, answer))
-        else:
-            *before, last = parsed.messages
-            text = "\n".join(message.content for message in before)
-            found.append(Question(text, chat.prompt_ids(before, tokenizer), last.content))
+            found.append(Question(text, opening.tolist(), answer))
+            continue
+        end = int(np.flatnonzero(mask)[-1]) + 1
+        start = int(np.flatnonzero(~mask[:end])[-1]) + 1
+        answer = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        found.append(Question(said_last(tokenizer.decode(ids[:start]), tokenizer), ids[:start].tolist(), answer))
     return found
+
+
+def said_last(prompt: str, tokenizer: Any) -> str:
+    """The last words of the user in a prompt: what stands between what the template writes around them."""
+    try:
+        asked = write((Message("user", "\ufdd0"),), (), tokenizer, add_generation_prompt=True)
+    except DataError:
+        return prompt
+    before, _, after = asked.partition("\ufdd0")
+    head = before[max((before.rfind(token) for token in tokenizer.all_special_tokens), default=0) :]
+    return prompt.rpartition(head)[2].removesuffix(after) if head in prompt and head else prompt
