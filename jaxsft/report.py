@@ -51,15 +51,23 @@ def running_mean(values: np.ndarray, memory: float = 0.9) -> np.ndarray:
 LONGEST = 120  # characters of a cell
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; text that looks like markup is shown as it is, a long text is cut."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool | None = None) -> None:
+    """Prints a table; text that looks like markup is shown as it is, a long text is cut.
+
+    Args:
+      title: above it.
+      columns: their names; all "" for none.
+      rows: of cells.
+      lines: between the rows; by default where there are more than two columns.
+    """
     if jax.process_index():
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title, title_justify="left", show_header=any(columns), show_lines=len(columns) > 2)
+    lines = len(columns) > 2 if lines is None else lines
+    shown = Table(title=title, title_justify="left", show_header=any(columns), show_lines=lines)
     for column in columns:
         shown.add_column(column, overflow="fold")  # Chinese has no spaces to break at
     for row in rows:
@@ -110,3 +118,79 @@ def size(path: Path) -> str:
     """
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return f"{sum(p.stat().st_size for p in files) / 1e6:.2f} MB"
+
+
+def tokens(title: str, pieces: Sequence[str], learned: Sequence[bool]) -> None:
+    """Prints the tokens of a document, the learned ones coloured; without colours they stand in ⟦ ⟧.
+
+    Args:
+      title: a line above.
+      pieces: the text of each token.
+      learned: whether it is learned.
+    """
+    if jax.process_index():
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console, line = Console(), Text()
+    for i, (piece, learns) in enumerate(zip(pieces, learned, strict=True)):
+        begins, ends = not (i and learned[i - 1]), not (i + 1 < len(pieces) and learned[i + 1])
+        visible = piece.replace("\n", "↵\n")
+        if learns and not console.is_terminal:
+            visible = "⟦" * begins + visible + "⟧" * ends
+        shade = ("black on green", "black on bright_green")[i % 2] if learns else ("", "dim")[i % 2]
+        line.append(visible, shade if console.is_terminal else "")
+    console.print(Text(title, "bold"))
+    console.print(line, soft_wrap=True)
+    console.print()
+
+
+BARS = 12  # of a histogram
+
+
+def bins(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts lengths in at most `BARS` bins of a round width.
+
+    Returns:
+      (counts, edges).
+
+    Example:
+      >>> bins(np.array([1, 2, 3, 20, 25]))
+      (array([2, 1, 0, 0, 0, 0, 1, 0, 1]), array([ 0,  3,  6,  9, 12, 15, 18, 21, 24, 27]))
+    """
+    width = max(1, -(-(int(lengths.max()) + 1) // BARS))
+    scale = 10 ** (len(str(width)) - 1)
+    width = -(-width // scale) * scale
+    return np.histogram(lengths, np.arange(0, int(lengths.max()) + width + 1, width))
+
+
+def histogram(title: str, lengths: np.ndarray) -> None:
+    """Prints how many lengths fall where."""
+    counts, ends = bins(lengths)
+    most = max(int(counts.max()), 1)
+    rows = [
+        (f"{first:,} - {last - 1:,}", f"{count:,}", "█" * round(40 * count / most) or ("▏" if count else ""))
+        for count, first, last in zip(counts.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]
+    table(title, ("tokens", "documents", ""), rows, lines=False)
+
+
+def plot_lengths(lengths: np.ndarray, max_length: int, png: Path) -> None:
+    """Draws how long documents are, with the length that they are cut to."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axis.hist(lengths, bins=min(60, max(10, int(lengths.max()) // 8)), color="tab:blue")
+    axis.axvline(float(np.mean(lengths)), color="tab:orange", label=f"mean {np.mean(lengths):,.0f}")
+    if lengths.max() > max_length / 2:
+        axis.axvline(max_length, color="black", linestyle="--", label=f"data.max_length {max_length:,}")
+    axis.set(xlabel="tokens of a document", ylabel="documents", xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(png)
+    plt.close(figure)

@@ -11,6 +11,7 @@ from .conftest import ROOT, load_script
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OWN = {"sft": "quickstart", "pretrain": "pretrain", "merge": "merge", "chat": "chat", "tokenizer": "tokenizer"}
+OWN |= {"inspect_data": "inspect_data"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
