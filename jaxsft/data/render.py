@@ -135,7 +135,7 @@ def encode(found: Sequence[Script], tokenizer: Any, how: How = AS_USUAL) -> list
     rendered = []
     for script in found:
         encoding = None if script.mark else next(encodings)
-        if encoding is None or any(_lies_across(encoding, at) for span in script.answers for at in span):
+        if encoding is None or _needs_pieces(script, encoding, known):
             rendered.append(_masked(*_in_pieces(script, known), known, how))
         else:
             rendered.append(_masked(script, encoding, known, how))
@@ -164,6 +164,21 @@ def _masked(script: Script, encoding: "Encoding | Pieces", known: Vocabulary, ho
     mask[:1] = False  # nothing comes before the first token to predict it from
     length = np.flatnonzero(mask)[-1] + 1 if mask.any() else len(ids)
     return Rendered(ids[:length], mask[:length], answers[:length])
+
+
+def _needs_pieces(script: Script, encoding: "Encoding", known: Vocabulary) -> bool:
+    """Whether a model that answers would be asked with other tokens than these."""
+    across = any(_lies_across(encoding, at) for span in script.answers for at in span)
+    return across or any(_looks_ahead(script.text, encoding, start, known) for start, _ in script.answers)
+
+
+def _looks_ahead(text: str, encoding: "Encoding", at: int, known: Vocabulary) -> bool:
+    """Whether the white space before an answer has other tokens because of what follows, as GPT-2's pattern has it."""
+    begin = len(text[:at].rstrip())
+    if at - begin < 2:
+        return False
+    ids = encoding.ids[_next_token(encoding, begin) : _next_token(encoding, at)]
+    return ids != known.core.encode(text[begin:at], add_special_tokens=False).ids
 
 
 def _lies_across(encoding: "Encoding", at: int) -> bool:

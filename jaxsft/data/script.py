@@ -79,13 +79,24 @@ def scripts(parsed: Parsed, tokenizer: Any, how: How = AS_USUAL) -> list[Script]
             if isinstance(prompt, str):
                 script = _plain(prompt, "", tokenizer, how)
                 return [script._replace(text=script.text[: script.answers[0][0]], answers=())]
-            messages, mark = _mark(with_system(prompt, how.system), tools, tokenizer, how)
-            return [Script(write(*messages, tokenizer, add_generation_prompt=True), mark=mark)]
+            (messages, tools), mark = _mark(with_system(prompt, how.system), tools, tokenizer, how)
+            return [_prompt(messages, tools, tokenizer)._replace(mark=mark)]
         case Unpaired(prompt, completion, _, tools):
             return [_answer(prompt, completion, tools, tokenizer, how)]
         case Preference(prompt, chosen, rejected, tools):
             return [_answer(prompt, side, tools, tokenizer, how) for side in (chosen, rejected)]
     raise DataError(f"{type(parsed).__name__.lower()} rows hold no text; they are for scripts/classify.py")
+
+
+def _prompt(messages: Turns, tools: Tools, tokenizer: Any) -> Script:
+    """Turns up to where an answer begins; earlier answers are told, to be tokenised as they were learned."""
+    text = write(messages, tools, tokenizer, add_generation_prompt=True)
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    try:
+        spans = _spans(messages, tools, turns, text, tokenizer)
+    except DataError:  # not told turn by turn; nothing is learned here that would need it
+        spans = []
+    return Script(text, tuple(spans), (False,) * len(spans))
 
 
 def _answer(prompt: str | Turns, answer: str | Turns, tools: Tools, tokenizer: Any, how: How) -> Script:
@@ -149,8 +160,7 @@ def write(messages: Turns, tools: Tools, tokenizer: Any, **options: Any) -> str:
       DataError: it refuses them, or leaves out the words of one.
     """
     template = tokenizer.get_chat_template()
-    if "reasoning_content" not in template:  # it would be lost
-        messages = tuple(map(_fold_reasoning, messages))
+    messages = _keep_reasoning(messages, template)
     try:
         text = _render_template(as_dicts(messages), tools, template, tokenizer, options)
     except TypeError:
@@ -185,10 +195,12 @@ def _render_template(turns: list[dict], tools: Tools, template: str, tokenizer: 
     return spans[0] if "return_assistant_tokens_mask" in options else texts[0]
 
 
-def _fold_reasoning(message: Message) -> Message:
-    if not message.reasoning:
-        return message
-    return message._replace(content=f"<think>\n{message.reasoning}\n</think>\n\n{message.content}", reasoning="")
+def _keep_reasoning(messages: Turns, template: str) -> Turns:
+    """Puts reasoning into the content where the template would leave it out."""
+    if "reasoning_content" in template:
+        return messages
+    fold = lambda m: m._replace(content=f"<think>\n{m.reasoning}\n</think>\n\n{m.content}", reasoning="")
+    return tuple(fold(message) if message.reasoning else message for message in messages)
 
 
 def _spans(messages: Turns, tools: Tools, turns: list[int], full: str, tokenizer: Any) -> list[tuple[int, int]]:
@@ -196,7 +208,8 @@ def _spans(messages: Turns, tools: Tools, turns: list[int], full: str, tokenizer
     template = tokenizer.get_chat_template()
     if GENERATION.search(template):
         options = {"return_assistant_tokens_mask": True}
-        spans = _render_template(as_dicts(messages), tools, template, tokenizer, options)
+        written = as_dicts(_keep_reasoning(messages, template))
+        spans = _render_template(written, tools, template, tokenizer, options)
         if len(spans) == len(turns):
             known = vocabulary(tokenizer)
             return [(first, known.with_stop(full, first, last)) for first, last in spans]

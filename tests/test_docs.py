@@ -1,0 +1,46 @@
+"""The rows of docs/data.md, rendered: what the page shows is what the code does."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxsft
+from jaxsft import data, hub
+from jaxsft.data.render import encode
+from jaxsft.data.script import scripts
+
+PAGE = Path(__file__).parents[1] / "docs" / "data.md"
+BLOCK = re.compile(r"```json\n(.*?)\n```\n\n```text\n(.*?)\n```", re.DOTALL)
+BLOCKS = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+
+
+def shown(row: str) -> str:
+    """A row's tokens, parted by spaces, what is learned in brackets; the two answers of a preference on lines."""
+    tokenizer = data.with_template(hub.load_tokenizer(jaxsft.BASE), "chatml")
+    _, parsed = data.parse(json.loads(row))
+    lines = []
+    for ids, mask, _ in encode(scripts(parsed, tokenizer), tokenizer):
+        line, inside = [], False
+        for token, learned in zip(ids.tolist(), mask.tolist(), strict=True):
+            piece = tokenizer.decode([token]).replace("\n", "↵").replace(" ", "␣")
+            line.append("⟧ " * (inside and not learned) + " " * (not inside or learned) * bool(line))
+            line[-1] = line[-1].replace("  ", " ") + "⟦" * (learned and not inside) + piece
+            inside = learned
+        lines.append("".join(line) + "⟧" * inside)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"), BLOCKS, ids=[json.loads(row).keys().__iter__().__next__() for row, _ in BLOCKS]
+)
+def test_a_row_of_the_page_is_rendered_as_it_says(row, text):
+    assert shown(row) == text
+
+
+def test_the_page_shows_a_row_of_every_format():
+    page = PAGE.read_text(encoding="utf-8")
+    assert [name for name in data.FORMATS if f"### {name}\n" not in page] == []
+    told = {data.detect(json.loads(row)) for row, _ in BLOCKS}
+    assert told == set(data.FORMATS) - {"image"}
