@@ -218,3 +218,15 @@ def test_generation_marks_are_honoured_and_get_their_stop_token(make):
         "world<|im_end|>",
         "bye<|im_end|>",
     ]
+    assert runs(render(THINKING, tokenizer), tokenizer)[1] == "<think>\nhello world\n</think>\n\nbye<|im_end|>"
+
+
+def test_a_prompt_with_history_is_what_was_learned_before_the_last_answer(make):
+    grown = make(eos_token="<|im_end|>")
+    grown.add_tokens(["\n\n\n", "\n  "])
+    tokenizer = data.with_template(grown, "chatml")
+    conversation = talk("hello", "\n\nworld", "good", "  bye")
+    example = render(conversation, tokenizer)
+    prompt = prompt_ids(conversation.messages[:-1], tokenizer)
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.mask[len(prompt) :].all()
