@@ -124,9 +124,8 @@ def main() -> None:
         files = {count: Path(root) / f"rows-{count}.jsonl" for count in set(sizes.values()) if count}
         for count, path in files.items():
             write_rows(path, count)
-        print(
-            f"{args.workers} processes, {', '.join(f'{n:,} rows {p.stat().st_size / 1e6:.0f} MB' for n, p in files.items())}"
-        )
+        shown = ", ".join(f"{count:,} rows {path.stat().st_size / 1e6:.0f} MB" for count, path in files.items())
+        print(f"{args.workers} processes, {shown}")
         for label, side in (("jaxsft", "jaxsft"), ("jaxsft, again", "jaxsft"), ("TRL", "trl")):
             if count := sizes[side]:
                 found = apart(side, files[count], args.workers, str(Path(root) / side))

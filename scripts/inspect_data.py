@@ -68,9 +68,9 @@ def main(cfg: Config) -> None:
         return
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
     if kind == "learn":
-        rows, held, found = data.load(cfg.data, tokenizer)
+        rows, _, found = data.load(cfg.data, tokenizer)
     else:
-        rows, held, found = data.load_rows(cfg.data, tokenizer, kind)
+        rows, _, found = data.load_rows(cfg.data, tokenizer, kind)
 
     # ---- the first rows, token by token --------------------------------------------------------------------------
     shown = np.unique(rows.documents)[: cfg.show * (2 if kind == "preference" else 1)]
@@ -82,12 +82,11 @@ def main(cfg: Config) -> None:
 
     # ---- the report ----------------------------------------------------------------------------------------------
     lengths = np.concatenate([source.lengths for source in rows.sources])[rows.documents.reshape(-1)]
-    held_out = {"held out": f"{len(held):,} packed rows" if kind == "learn" else f"{len(held):,} rows"} if held else {}
     png = Path(cfg.out) / "lengths.png"
     png.parent.mkdir(parents=True, exist_ok=True)
     report.plot_lengths(lengths, cfg.data.max_length, png)
     report.histogram("tokens of a document", lengths)
-    report.summary("data", {**dict(found.lines()), **held_out, "length histogram": png})
+    report.summary("data", {**dict(found.lines()), "length histogram": png})
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Report(NamedTuple):
     tokens: int
     trained_tokens: int
     truncated: int  # rows that were longer than max_length, texts aside
-    dropped: int  # rows that could not be used
+    dropped: int  # rows that could not be used, those of data.eval among them
     duplicates: int  # rows that are equal to an earlier one
     packed_rows: int
     efficiency: float  # tokens that are no padding / all
@@ -85,6 +85,7 @@ class Report(NamedTuple):
     longest: tuple[int, str]  # tokens of the longest row before it was cut, and its place
     bad: list[str]  # the first of those dropped
     cached: bool  # nothing had to be tokenised
+    held_out: int = 0  # rows that are measured on
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for people.
@@ -103,10 +104,11 @@ class Report(NamedTuple):
             "efficiency": f"{self.efficiency:.1%} of {self.packed_rows:,} rows",
             "truncated": f"{self.truncated:,}",
             "dropped": f"{self.dropped:,}" + "".join(f"\n{line}" for line in self.bad),
+            "held out": f"{self.held_out:,} rows",
             "duplicate rows": f"{self.duplicates:,}",
             "longest row": f"{self.longest[0]:,} tokens, {self.longest[1]}",
         }
-        return list(shown.items())
+        return [(name, value) for name, value in shown.items() if name != "held out" or self.held_out]
 
 
 Kind = Literal["learn", "preference", "unpaired", "prompt", "image"]
@@ -208,10 +210,14 @@ def choose(config: Config, tokenizer: Any, kind: str) -> tuple[Chosen, Chosen | 
     if config.eval:
         measured = [_open(source, config, tokenizer, kind) for source in sources_of(config, config.eval)]
         ones = [np.ones(len(one.hashes), np.int32) for one, _, _ in measured]
-        return train, _chosen([one for one, _, _ in measured], ones, True, _digest([key for _, _, key in measured]))
-    if config.val_fraction:
-        return train, _chosen(documents, [one.astype(np.int32) for one in held], True, name + "-held")
-    return train, None
+        apart = _chosen([one for one, _, _ in measured], ones, True, _digest([key for _, _, key in measured]))
+        lost = {"dropped": train.report.dropped + apart.report.dropped, "bad": train.report.bad + apart.report.bad}
+    elif config.val_fraction:
+        apart = _chosen(documents, [one.astype(np.int32) for one in held], True, name + "-held")
+        lost = {}
+    else:
+        return train, None
+    return train._replace(report=train.report._replace(held_out=apart.report.rows, **lost)), apart
 
 
 def sources_of(config: Config, given: str | Sequence[str | Source]) -> list[Source]:

@@ -7,7 +7,7 @@ numbers keep them apart.
 
 import array
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -125,19 +125,19 @@ def plan(lengths: Int[np.ndarray, "D"], max_length: int) -> tuple[Int[np.ndarray
       >>> [array.tolist() for array in plan(np.array([3, 5, 2, 6]), 8)]
       [[3, 2, 1, 0], [0, 2, 4]]
     """
-    lengths = np.asarray(lengths, np.int64)
+    lengths = np.asarray(lengths, np.int32)
     if lengths.size and lengths.max() > max_length:
         raise ValueError(
             f"a document has {lengths.max()} tokens, a row {max_length}; truncate it or cut it into chunks"
         )
     if lengths.size and lengths.min() < 1:
         raise ValueError("a document has no tokens; leave it out")
-    longest_first = np.argsort(-lengths, kind="stable")
+    longest_first = np.argsort(-lengths, kind="stable").astype(np.int32)
     free: list[int] = []  # the amounts of space there are, in order
     having = [-1] * (max_length + 1)  # the last row that has so much, -1 for none
     before = array.array("q")  # the row that has as much as this one, and was there before it
-    row_of = np.empty(len(lengths), np.int64)
-    for document, length in zip(longest_first, lengths[longest_first].tolist(), strict=True):
+    row_of = np.empty(len(lengths), np.int32)
+    for document, length in _pairs(longest_first, lengths):
         at = bisect_left(free, length)
         if at == len(free):
             row, space = len(before), max_length
@@ -156,6 +156,13 @@ def plan(lengths: Int[np.ndarray, "D"], max_length: int) -> tuple[Int[np.ndarray
             before[row], having[left] = having[left], row
     order = longest_first[np.argsort(row_of[longest_first], kind="stable")]
     return order, np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(before)))]).astype(np.int64)
+
+
+def _pairs(documents: Int[np.ndarray, "D"], lengths: Int[np.ndarray, "D"]) -> Iterator[tuple[int, int]]:
+    """Documents with their lengths as Python integers, which are large: some at a time."""
+    for start in range(0, len(documents), 1 << 16):
+        some = documents[start : start + (1 << 16)]
+        yield from zip(some.tolist(), lengths[some].tolist(), strict=True)
 
 
 def fill(examples: Sequence[Example], length: int) -> Tokens:

@@ -131,7 +131,7 @@ def _mark(messages: Turns, tools: Tools, tokenizer: Any, how: How) -> tuple[tupl
     known = vocabulary(tokenizer)
     said = [part for message in messages for part in (message.content, message.reasoning)]
     called = [[message.calls for message in messages if message.calls], tools]
-    said += [json.dumps(called, ensure_ascii=False)] if any(called) else []
+    said += [json.dumps(called, ensure_ascii=False, default=str)] if any(called) else []
     mark = "" if how.control else known.mark_for("\0".join(said))
     if not mark:
         return (messages, tools), ""
@@ -163,8 +163,8 @@ def write(messages: Turns, tools: Tools, tokenizer: Any, **options: Any) -> str:
     messages = _keep_reasoning(messages, template)
     try:
         text = _render_template(as_dicts(messages), tools, template, tokenizer, options)
-    except TypeError:
-        if not any(message.calls for message in messages):
+    except DataError as error:
+        if not (isinstance(error.__cause__, TypeError) and any(message.calls for message in messages)):
             raise
         # DeepSeek's templates add the arguments of a call to a string
         text = _render_template(as_dicts(messages, json_arguments=True), tools, template, tokenizer, options)
@@ -189,7 +189,7 @@ def _render_template(turns: list[dict], tools: Tools, template: str, tokenizer: 
     given = {"chat_template": template, "tools": list(tools) or None, **vocabulary(tokenizer).named, **options}
     try:
         texts, spans = render_jinja_template([turns], **given)
-    except (TemplateError, ValueError, AttributeError) as error:
+    except (TemplateError, ValueError, AttributeError, TypeError, LookupError) as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(f"the chat template refuses turns {roles} ({error}); change the row or the template") from error
     return spans[0] if "return_assistant_tokens_mask" in options else texts[0]

@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from jaxsft.data.chat import Completion, Conversation, Parsed, Preference, Promp
 from jaxsft.data.info import Source, adapt
 from jaxsft.data.render import Example, Rendered, encode
 from jaxsft.data.rows import Bad, DataError, Row
-from jaxsft.data.script import How, scripts
+from jaxsft.data.script import How, Script, scripts
 from jaxsft.data.store import Documents, Piece, Writer, open_documents
 
 VERSION = 1  # of what is written; another one is tokenised again
@@ -41,7 +43,7 @@ WORDS = {
     "learn": "conversations, completions and texts",
     "preference": "preferences, with chosen and rejected",
     "unpaired": "answers with a label",
-    "prompt": "prompts",
+    "prompt": "prompts, and conversations for their last question",
 }
 
 
@@ -73,26 +75,26 @@ def tokenise_rows(found: Sequence[Row | Bad], job: Job, tokenizer: Any) -> Resul
       >>> tokenise_rows([Row({"text": "a b"}, "x line 1"), Row({"txt": "a"}, "x line 2")], job, doctest_tokenizer()).bad
       [Bad(place='x line 2', reason='columns txt fit no format: ...')]
     """
-    bad: list[Bad] = []
-    kept: list[tuple[str, Parsed, list[Any], str]] = []
-    for row in found:
+    bad: dict[int, Bad] = {}
+    kept: list[tuple[int, str, Parsed, list[Script]]] = []
+    for number, row in enumerate(found):
         if isinstance(row, Bad):
-            bad.append(row)
+            bad[number] = row
             continue
         try:
             name, parsed = formats.parse(adapt(row.fields, job.source), job.source.format, row.folder)
             parsed = _fit(parsed, job.kind, name)
-            kept.append((row.place, parsed, scripts(parsed, tokenizer, job.how), name))
+            kept.append((number, name, parsed, scripts(parsed, tokenizer, job.how)))
         except DataError as error:
-            bad.append(Bad(row.place, str(error)))
-    rendered = iter(encode([script for _, _, written, _ in kept for script in written], tokenizer, job.how))
+            bad[number] = Bad(row.place, str(error))
+    rendered = iter(encode([script for *_, written in kept for script in written], tokenizer, job.how))
     seen, truncated, longest, lines = Counter(), 0, (0, ""), []
-    for place, parsed, written, name in kept:
-        whole = [next(rendered) for _ in written]
+    for number, name, parsed, written in kept:
+        whole, place = [next(rendered) for _ in written], found[number].place
         try:
             cut = _cut(parsed, whole, job)
         except DataError as error:
-            bad.append(Bad(place, str(error)))
+            bad[number] = Bad(place, str(error))
             continue
         seen[name] += 1
         size = max(len(one.ids) for one in whole)
@@ -102,7 +104,7 @@ def tokenise_rows(found: Sequence[Row | Bad], job: Job, tokenizer: Any) -> Resul
     rows = [number for number, (cut, *_) in enumerate(lines) for _ in cut]
     columns = list(zip(*lines, strict=True)) or [(), (), (), ()]
     piece = Piece([example for cut in columns[0] for example in cut], rows, *columns[1:])
-    return Result(piece, seen, bad, truncated, longest)
+    return Result(piece, seen, [bad[number] for number in sorted(bad)], truncated, longest)
 
 
 def _fit(parsed: Parsed, kind: str, name: str) -> Parsed:
@@ -286,6 +288,11 @@ def _in_parallel(batches: Iterable, job: Job, tokenizer: Any, workers: int) -> I
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that tokenises has died, for want of memory most often; take fewer with data.workers. A "
+                'script of your own must call this under `if __name__ == "__main__":`, since processes import it'
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -302,27 +309,15 @@ def _work(batch: Sequence[Row | Bad]) -> Result:
     return tokenise_rows(batch, *_JOB)
 
 
-class _progress:  # noqa: N801  used as a function
-    """A line with the rows so far and their speed, gone when it ends."""
+@contextmanager
+def _progress(label: str, show: bool) -> Iterator[Callable[[int], None]]:
+    """A line with the rows so far, gone when it ends; gives the function that counts more of them."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self, label: str, show: bool):
-        from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("tokenising {task.description}"),
-            TextColumn("{task.completed:,.0f} rows"),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, transient=True, disable=not show)
-        self._label = Path(label).name
-
-    def __enter__(self):
-        self._bar.start()
-        task = self._bar.add_task(self._label, total=None)
-        return lambda rows: self._bar.advance(task, rows)
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+    text = "tokenising {task.description}: {task.completed:,.0f} rows"
+    with Progress(TextColumn(text), TimeElapsedColumn(), transient=True, disable=not show) as bar:
+        task = bar.add_task(Path(label).name, total=None)
+        yield lambda rows: bar.advance(task, rows)
 
 
 def describe(documents: Sequence[Documents]) -> Mapping[str, int]:

@@ -183,6 +183,14 @@ def test_skipped_rows_are_counted_and_named(tmp_path, chatml):
     assert [line.partition(": ")[0] for line in report.bad] == [f"{tmp_path}/a.jsonl line {n}" for n in (1, 3, 4)]
 
 
+def test_rows_lost_from_the_held_out_file_are_told_as_well(tmp_path, chatml):
+    train, held = write(tmp_path / "a.jsonl", questions(4)), write(tmp_path / "b.jsonl", BAD)
+    report = load(train, chatml, eval=held, on_bad_row="skip").report
+    assert (report.rows, report.held_out, report.dropped) == (4, 1, 3)
+    assert dict(report.lines())["held out"] == "1 rows"
+    assert "b.jsonl line 1" in dict(report.lines())["dropped"]
+
+
 def test_rows_of_nothing_but_bad_ones_are_refused(tmp_path, chatml):
     with pytest.raises(DataError, match=r"a.jsonl has no row that can be used, and 1 that cannot; the first: .*line 1"):
         load(write(tmp_path / "a.jsonl", BAD[:1]), chatml, on_bad_row="skip")

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import jaxsft
 from jaxsft import hub, lora
+from jaxsft.data import DataError, templates
 from jaxsft.run import RunError, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +283,48 @@ def test_the_quickstart_rows_hold_the_promised_one():
     file = Path(jaxsft.__file__).parent / "assets" / "quickstart" / "train.jsonl"
     found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert {"instruction": "请问你是谁", "input": "", "output": "您好我是微调后的大模型"} in found
+
+
+def test_changed_data_is_not_resumed_on(run_here, small, rows, tmp_path):
+    own = tmp_path / "rows.jsonl"
+    own.write_text(Path(rows).read_text())
+    args = arguments(small, str(own), tmp_path / "run", train__max_steps=4)
+    run_here("sft", *args)
+    shutil.move(own, tmp_path / "moved.jsonl")  # the same data elsewhere is fine
+    args = arguments(small, str(tmp_path / "moved.jsonl"), tmp_path / "run", train__max_steps=4)
+    run_here("sft", *args, "--run.resume", "true")
+    (tmp_path / "moved.jsonl").write_text(Path(rows).read_text().replace("It is 3.", "It is 4."))
+    with pytest.raises(DataError, match=r"the data is not that of the checkpoint: .* restore it to continue"):
+        run_here("sft", *args, "--run.resume", "true")
+
+
+def test_sources_mix_and_a_template_is_exported(run_here, small, rows, tmp_path):
+    """What the data section of a run file can say, down to the model that comes out."""
+    more = tmp_path / "more.jsonl"
+    talk = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    more.write_text(json.dumps({"conversations": talk, "id": 1}) + "\n")
+    settings = {
+        "data": {
+            "train": [rows, {"path": str(more), "format": "sharegpt", "epochs": 3}],
+            "val_fraction": 0.2,
+            "template": "plain",
+        }
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings))
+    given = arguments(small, rows, tmp_path / "run", train__max_steps=2, run__samples=2)
+    cut = [i for i, part in enumerate(given) if part in ("--data.train", "--data.eval")]
+    rest = [part for i, part in enumerate(given) if i not in cut and i - 1 not in cut]
+    run_here("sft", "--config", str(file), *rest)
+    merged = tmp_path / "run" / "merged"
+    assert (merged / "chat_template.jinja").read_text().rstrip("\n") == templates.source("plain")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert asked == "Hi\n"
+    run_here("merge", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "2"), "--out", str(tmp_path / "later"))
+    run_here("merge", "--base", small, "--adapter", str(tmp_path / "run" / "adapter"), "--out", str(tmp_path / "third"))
+    for folder in ("later", "third"):
+        text = (tmp_path / folder / "chat_template.jinja").read_text()
+        assert text.rstrip("\n") == templates.source("plain"), folder
