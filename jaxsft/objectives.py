@@ -38,7 +38,8 @@ def supervised(model: Model) -> Objective:
     def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
         targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)
         features = model.features(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
-        lp = losses.logprobs(features, model.output(variables), targets, mask)
+        bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap}
+        lp = losses.logprobs(features, model.output(variables), targets, mask, **bent)
         return Sums(losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), {})
 
     return objective

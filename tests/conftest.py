@@ -44,6 +44,12 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 6},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 6},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8, "attention_bias": False},
+    "gemma": {"architectures": ["GemmaForCausalLM"], "head_dim": 8},
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "head_dim": 8, "sliding_window": 6},
+    "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "sliding_window": 6},
+    "granite": {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"]},
 }
 
 
@@ -52,7 +58,8 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     D, M, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     H = config.get("head_dim", D // config["num_attention_heads"])
     N, K = config["num_attention_heads"] * H, config["num_key_value_heads"] * H
-    qwen2 = config["model_type"] == "qwen2"
+    kind = config["model_type"]
+    qwen2 = kind == "qwen2"
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (V, D)
@@ -67,13 +74,18 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "mlp.down_proj": (D, M),
         }
         own = {f"{name}.weight": shape for name, shape in dense.items()}
-        own |= {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * (kind in ("gemma2", "gemma3_text"))
+        norms = ["post_attention_layernorm", "post_feedforward_layernorm"] if kind == "olmo2" else norms
+        own |= {f"{name}.weight": (D,) for name in norms}
         biased = [name for name in dense if name.startswith("self_attn") and config.get("attention_bias")]
         biased += [name for name in dense if name.startswith("mlp") and config.get("mlp_bias")]
         biased += [name for name in dense if name[-6:] in ("q_proj", "k_proj", "v_proj") and qwen2]
         own |= {f"{name}.bias": dense[name][:1] for name in biased}
-        if config["model_type"] == "qwen3":
+        if kind in ("qwen3", "gemma3_text"):
             own |= {"self_attn.q_norm.weight": (H,), "self_attn.k_norm.weight": (H,)}
+        if kind == "olmo2":
+            own |= {"self_attn.q_norm.weight": (N,), "self_attn.k_norm.weight": (K,)}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
     return shapes
 

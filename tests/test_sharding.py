@@ -10,7 +10,7 @@ from jaxsft.models import DecoderConfig
 RULES = (("embed/table", P("tensor", "fsdp")), (".*/kernel", P(None, "fsdp", "tensor")), ("norm/.*", P(None)))
 FULL = DecoderConfig(
     96, 32, 48, 4, heads=4, kv_heads=2, head_dim=8, max_position=64, qkv_bias=True, out_bias=True, mlp_bias=True,
-    qk_norm=True,
+    qk_norm="head",
 )  # fmt: skip
 
 

@@ -9,11 +9,20 @@ the softmax in float32. The gradient is written by hand:
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+class Head(NamedTuple):
+    """What makes scores of the products of features and table, and how many tokens meet the table at one time."""
+
+    width: int  # tokens of each row
+    scale: float = 1.0
+    soft_cap: float | None = None
+
 
 CHUNK_CPU, CHUNK = 256, 4096  # tokens whose logits exist at one time; a CPU's cache likes few
 
@@ -53,15 +62,21 @@ def logprobs(
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """log softmax(features table^T)[target], float32, for the tokens in `mask`; 0 for the others.
+    """log softmax(scores)[target], float32, for the tokens in `mask`; 0 for the others.
+
+        scores = scale features table^T, or soft_cap tanh(that / soft_cap)
 
     Args:
       features: the model's last hidden states.
       table: the output layer, a row a token.
       targets: the token each position predicts, from `shift`.
       mask: which positions count; the others cost nothing.
+      scale: of the scores.
+      soft_cap: bounds them (Gemma 2, arXiv:2408.00118, section 2).
       chunk: tokens whose logits exist at one time, so memory is chunk x V floats; by default what suits the backend.
 
     Example:
@@ -78,24 +93,31 @@ def logprobs(
     count = mask.sum(axis=1, keepdims=True)
     counts = jnp.arange(order.shape[1]) < count  # [B, T'], true for a prefix of each row
     rows = jnp.arange(B)[:, None]
-    lp = _compact(features[rows, order], table, targets[rows, order], counts, width)
+    lp = _compact(features[rows, order], table, targets[rows, order], counts, Head(width, scale, soft_cap))
     return jnp.zeros((B, T), jnp.float32).at[rows, order].add(lp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _compact(features, table, targets, mask, width):
-    return _forward(features, table, targets, mask, width, grad=False)[0]
+def _compact(features, table, targets, mask, head):
+    return _forward(features, table, targets, mask, head, grad=False)[0]
 
 
-def _softmax(features, table, targets):
-    """lp of the targets, and one-hot(target) - softmax, which is d lp / d logits."""
+def _softmax(features, table, targets, head):
+    """lp of the targets, and d lp / d products: one-hot(target) - softmax, times the slope of the scores."""
     logits = jnp.einsum("btd,vd->btv", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+    slope = head.scale
+    if head.scale != 1:
+        logits = logits * head.scale
+    if head.soft_cap is not None:
+        bent = jnp.tanh(logits / head.soft_cap)
+        logits, slope = head.soft_cap * bent, slope * (1 - bent * bent)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     total = jnp.exp(shifted).sum(axis=-1, keepdims=True)
     # A comparison instead of a gather: it fuses, and a table cut over the vocabulary stays cut.
     hit = jnp.arange(table.shape[0]) == targets[..., None]
     lp = jnp.where(hit, shifted, 0).sum(axis=-1) - jnp.log(total[..., 0])
-    return lp, jnp.where(hit, 1.0, 0.0) - jnp.exp(shifted) / total
+    pull = jnp.where(hit, 1.0, 0.0) - jnp.exp(shifted) / total
+    return lp, pull if head == Head(head.width) else pull * slope
 
 
 def _chunks(step, carry, mask, width):
@@ -113,30 +135,30 @@ def _chunks(step, carry, mask, width):
     return carry, jax.tree.map(join, out)  # [chunks, B, width, ...] -> [B, T, ...]
 
 
-def _forward(features, table, targets, mask, width, grad):
+def _forward(features, table, targets, mask, head, grad):
     def step(carry, take):
         f = jnp.where(take(mask)[..., None], take(features), 0)  # whatever a masked token holds
-        lp, slope = _softmax(f, table, take(targets))
+        lp, slope = _softmax(f, table, take(targets), head)
         lp = jnp.where(take(mask), lp, 0.0)
         if not grad:
             return carry, (lp,)
         pull = jnp.einsum("btv,vd->btd", slope.astype(f.dtype), table.astype(f.dtype))
         return carry, (lp, jnp.where(take(mask)[..., None], pull, 0))
 
-    return _chunks(step, (), mask, width)[1]
+    return _chunks(step, (), mask, head.width)[1]
 
 
-def _vjp_forward(features, table, targets, mask, width):
+def _vjp_forward(features, table, targets, mask, head):
     trains = table.perturbed  # decided while tracing: a frozen table needs nothing kept but the pull
     features, table, targets, mask = features.value, table.value, targets.value, mask.value
     if trains:
-        (lp,) = _forward(features, table, targets, mask, width, grad=False)
+        (lp,) = _forward(features, table, targets, mask, head, grad=False)
         return lp, (features, table, targets, mask)
-    lp, pull = _forward(features, table, targets, mask, width, grad=True)
+    lp, pull = _forward(features, table, targets, mask, head, grad=True)
     return lp, pull
 
 
-def _vjp_backward(width, kept, cotangent):
+def _vjp_backward(head, kept, cotangent):
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, jnp.float32)
     if not isinstance(kept, tuple):
@@ -146,11 +168,11 @@ def _vjp_backward(width, kept, cotangent):
 
     def step(grad_table, take):
         f = jnp.where(take(mask)[..., None], take(features), 0)
-        slope = (_softmax(f, table, take(targets))[1] * take(g)[..., None]).astype(f.dtype)
+        slope = (_softmax(f, table, take(targets), head)[1] * take(g)[..., None]).astype(f.dtype)
         grad_table += jnp.einsum("btv,btd->vd", slope, f, preferred_element_type=jnp.float32)
         return grad_table, jnp.einsum("btv,vd->btd", slope, table.astype(f.dtype))
 
-    grad_table, grad_features = _chunks(step, jnp.zeros(table.shape, jnp.float32), mask, width)
+    grad_table, grad_features = _chunks(step, jnp.zeros(table.shape, jnp.float32), mask, head.width)
     return grad_features, grad_table.astype(table.dtype), None, None
 
 

@@ -3,15 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models import llama, mistral, qwen2, qwen3
+from jaxsft.models import gemma, gemma2, gemma3, granite, llama, mistral, olmo2, qwen2, qwen3, smollm3
 from jaxsft.models.decoder import Cache, DecoderConfig, Model, build, logits, span, split
 from jaxsft.models.family import Family, Name
 
 FAMILIES: dict[str, Family] = {
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "granite": granite.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "olmo2": olmo2.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "smollm3": smollm3.FAMILY,
 }
 
 

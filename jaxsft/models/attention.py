@@ -5,6 +5,7 @@ Queries go in blocks, and a block meets only the keys up to its own end: half th
 [T, T] score is kept for the backward pass, which computes a block's scores again.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -47,12 +48,19 @@ def visible(query: Where, key: Where, window: Int[Array, ""] | int = NO_WINDOW) 
 
 
 def _block(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], seen: Bool[Array, "B T S"]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    seen: Bool[Array, "B T S"],
+    scale: float | None,
+    soft_cap: float | None,
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(H) if scale is None else scores * scale
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
@@ -66,6 +74,8 @@ def attend(
     key: Where,
     window: Int[Array, ""] | int = NO_WINDOW,
     *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
     ordered: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Softmax(q k / sqrt(H)) v over the visible keys; N query heads share K key heads in groups of N / K.
@@ -74,15 +84,17 @@ def attend(
       q, k, v: heads, q and k rotated; softmax in float32 whatever their dtype.
       query, key: where the queries and keys stand.
       window: how many positions back a token sees, itself included.
+      scale: of the scores, in 1 / sqrt(H)'s place.
+      soft_cap: bounds the scores, cap tanh(score / cap) (Gemma 2, arXiv:2408.00118, section 2).
       ordered: T = S and no query needs a key further right in its row, as in training rows: work is skipped.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; groups: Ainslie et al. 2023, arXiv:2305.13245.
     """
     T = q.shape[1]
     if not ordered:
-        return _block(q, k, v, visible(query, key, window))
+        return _block(q, k, v, visible(query, key, window), scale, soft_cap)
     block = max(BLOCK, -(-T // MOST_BLOCKS))
-    again = jax.checkpoint(_block)
+    again = jax.checkpoint(functools.partial(_block, scale=scale, soft_cap=soft_cap))
     out = []
     for start in range(0, T, block):
         rows, upto = slice(start, start + block), slice(0, start + block)

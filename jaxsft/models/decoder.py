@@ -15,7 +15,7 @@ cut from the tree, so nothing else needs to know of it.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -55,8 +55,18 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's q and k (Qwen 3)
+    qk_norm: Literal["", "head", "all"] = ""  # RMSNorm of q and k, over each head (Qwen 3) or all of them (OLMo 2)
     windows: tuple[int | None, ...] | None = None  # sliding window of each layer; None: none has one
+    ropes: tuple[rotary.Rope, ...] | None = None  # of each layer, where they differ
+    pre_norm: bool = True  # of what attention and MLP read
+    post_norm: bool = False  # of what they add (Gemma 2, OLMo 2)
+    norm_from_zero: bool = False  # norms store their scale less 1 (Gemma)
+    embed_scale: float = 1.0  # of embeddings
+    residual_scale: float = 1.0  # of what attention and MLP add (Granite)
+    attn_scale: float | None = None  # of scores, in 1 / sqrt(head_dim)'s place
+    attn_soft_cap: float | None = None
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -90,8 +100,9 @@ class Model(NamedTuple):
 
 def logits(model: Model, variables: Mapping, features: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Scores of every token, in float32. For training use `losses.logprobs`, which never keeps all of them."""
-    table = model.output(variables).astype(features.dtype)
-    return jnp.einsum("btd,vd->btv", features, table, preferred_element_type=jnp.float32)
+    table, cap = model.output(variables).astype(features.dtype), model.config.logit_soft_cap
+    scores = jnp.einsum("btd,vd->btv", features, table, preferred_element_type=jnp.float32) * model.config.logit_scale
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 class Attention(nn.Module):
@@ -106,18 +117,19 @@ class Attention(nn.Module):
 
         def heads(name: str, n: int) -> Array:
             y = Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
-            return y.reshape(B, T, n, c.head_dim)
+            normed = bool(c.qk_norm) and name != "v"
+            norm = RMSNorm(c.norm_eps, c.norm_from_zero, name=f"{name}_norm") if normed else lambda y: y
+            split = lambda y: y.reshape(B, T, n, c.head_dim)
+            return split(norm(y)) if c.qk_norm == "all" else norm(split(y))
 
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
-        if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
         q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
         if cache is None:
-            out = attend(q, k, v, where, where, window, ordered=True)
+            out = attend(q, k, v, where, where, window, scale=c.attn_scale, soft_cap=c.attn_soft_cap, ordered=True)
         else:
             rows = jnp.arange(B)[:, None]
             cache = Cache(cache.k.at[rows, where.positions].set(k), cache.v.at[rows, where.positions].set(v))
-            out = attend(q, cache.k, cache.v, where, slots, window)
+            out = attend(q, cache.k, cache.v, where, slots, window, scale=c.attn_scale, soft_cap=c.attn_soft_cap)
         out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
         return out, cache
 
@@ -133,9 +145,12 @@ class Block(nn.Module):
         out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
         attn = Attention(c, self.lora_dropout, out_init, name="attn")
         mlp = GatedMLP(c.mlp_hidden, c.activation, c.mlp_bias, self.lora_dropout, out_init, name="mlp")
-        y, cache = attn(RMSNorm(c.norm_eps, name="attn_norm")(x), angles, where, window, cache, slots)
-        x = x + y
-        return x + mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x)), cache
+        norm = lambda name, on: RMSNorm(c.norm_eps, c.norm_from_zero, name=name) if on else lambda x: x
+        add = lambda x, y: x + y if c.residual_scale == 1 else x + c.residual_scale * y
+        y, cache = attn(norm("attn_norm", c.pre_norm)(x), angles, where, window, cache, slots)
+        x = add(x, norm("attn_post_norm", c.post_norm)(y))
+        y = mlp(norm("mlp_norm", c.pre_norm)(x))
+        return add(x, norm("mlp_post_norm", c.post_norm)(y)), cache
 
 
 def span(name: str) -> range:
@@ -191,7 +206,7 @@ def _init(config: DecoderConfig, key: Key) -> Tree:
     params = {
         "embed": table(key_embed),
         "blocks": {f"0-{config.layers - 1}": jax.vmap(one)(jax.random.split(key_blocks, config.layers))},
-        "norm": {"scale": jnp.ones(config.hidden)},
+        "norm": {"scale": (jnp.zeros if config.norm_from_zero else jnp.ones)(config.hidden)},
     }
     return params if config.tied else {**params, "head": table(key_head)}
 
@@ -222,21 +237,29 @@ def build(
     if remat not in REMAT:
         raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
     block = Block(config, lora_dropout)
-    inverse = rotary.frequencies(config.rope, config.head_dim)
-    final_norm = RMSNorm(config.norm_eps)
+    ropes = config.ropes or (config.rope,) * config.layers
+    kinds = list(dict.fromkeys(ropes))
+    kind_of = np.array([kinds.index(rope) for rope in ropes], np.int32)
+    final_norm = RMSNorm(config.norm_eps, config.norm_from_zero)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
         params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
         x = params["embed"]["table"][tokens].astype(dtype)
-        angles = rotary.angles(where.positions, inverse)
+        x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
+        turns = [
+            rotary.angles(where.positions, rotary.frequencies(rope, config.head_dim), rotary.amplitude(rope))
+            for rope in kinds
+        ]
+        cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
         slots = None
         if cache is not None:
             S = cache.k.shape[2]
             slots = Where(jnp.arange(S)[None], jnp.ones((1, S), jnp.int32))
 
         def layer(x, inputs):
-            weights, window, old, key = inputs
+            weights, window, kind, old, key = inputs
+            angles = (cos[0], sin[0]) if len(kinds) == 1 else (cos[kind], sin[kind])
             rngs = None if key is None else {"dropout": key}
             return block.apply(weights, x, angles, where, window, old, slots, rngs=rngs)
 
@@ -252,7 +275,8 @@ def build(
                 else Cache(cache.k[layers.start : layers.stop], cache.v[layers.start : layers.stop])
             )
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
-            x, new = jax.lax.scan(layer, x, (weights, windows[layers.start : layers.stop], old, keys))
+            own = slice(layers.start, layers.stop)
+            x, new = jax.lax.scan(layer, x, (weights, windows[own], kind_of[own], old, keys))
             caches.append(new)
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))
         if cache is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import PartitionSpec
 
 from jaxsft.models.decoder import DecoderConfig
-from jaxsft.models.rope import Rope
+from jaxsft.models.rope import KINDS, Rope
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
@@ -80,26 +80,48 @@ class Reader:
             )
 
 
-def read_rope(read: Reader) -> Rope:
-    """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    theta, old, new = read("rope_theta", None), read("rope_scaling", None), read("rope_parameters", None)
+def read_rope(read: Reader, theta: float = 10_000.0) -> Rope:
+    """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5); `theta` is the default."""
+    given, old, new = read("rope_theta", None), read("rope_scaling", None), read("rope_parameters", None)
     scaling = dict(new or old or {})
-    theta = scaling.pop("rope_theta", theta) or 10_000.0
+    return to_rope(scaling, scaling.pop("rope_theta", given) or theta)
+
+
+def to_rope(scaling: dict[str, Any], theta: float) -> Rope:
+    """A rope of the keys that config.json has for it."""
     kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
     scaling.pop("type", None)
+    known = [one for one in KINDS if one != "none"]
+    if kind not in known:
+        raise ValueError(f"config.json asks for rope type {kind!r}; known are {', '.join(known)}")
     fields = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    if kind == "yarn":
+        fields |= {"beta_fast", "beta_slow", "attention_factor", "truncate"}
+        scaling = {key: value for key, value in scaling.items() if value is not None}
     if unknown := sorted(set(scaling) - fields):
         raise ValueError(f"config.json's rope settings have keys that are not known: {', '.join(unknown)}")
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"config.json asks for rope type {kind!r}; known are default, linear, llama3")
     if kind != "default" and "factor" not in scaling:
         raise ValueError(f"config.json asks for rope type {kind!r} without its 'factor'")
+    if kind == "yarn" and "original_max_position_embeddings" not in scaling:
+        raise ValueError("config.json asks for rope type 'yarn' without its 'original_max_position_embeddings'")
     scaling["original_max_position"] = scaling.pop("original_max_position_embeddings", 8192)
     return Rope(theta=float(theta), kind=kind, **scaling)
 
 
-def read_shape(read: Reader) -> DecoderConfig:
-    """Reads the keys that every Llama-shaped config has."""
+def read_types(read: Reader, default: list[str]) -> list[str]:
+    """Reads what kind of attention each layer has: full_attention or sliding_attention.
+
+    Raises:
+      ValueError: another kind.
+    """
+    types = read("layer_types", default)
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"config.json has layer types that are not known: {', '.join(unknown)}")
+    return types
+
+
+def read_shape(read: Reader, rope: Rope | None = None, *, tied: bool = False) -> DecoderConfig:
+    """Reads the keys that every Llama-shaped config has; `rope` is given where a family reads its own."""
     hidden, heads = read("hidden_size"), read("num_attention_heads")
     return DecoderConfig(
         vocab_size=read("vocab_size"),
@@ -110,10 +132,10 @@ def read_shape(read: Reader) -> DecoderConfig:
         kv_heads=read("num_key_value_heads", heads),
         head_dim=read("head_dim", hidden // heads),
         max_position=read("max_position_embeddings", 2048),
-        rope=read_rope(read),
+        rope=read_rope(read) if rope is None else rope,
         norm_eps=read("rms_norm_eps", 1e-6),
         activation=read("hidden_act", "silu"),
-        tied=read("tie_word_embeddings", False),
+        tied=read("tie_word_embeddings", tied),
     )
 
 

@@ -46,15 +46,22 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+    """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    With `from_zero` the weight is what scale has above 1, as Gemma's checkpoints store it.
+    """
 
     eps: float
+    from_zero: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.from_zero else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        if self.from_zero:  # Gemma multiplies before it rounds
+            return (full * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         # Rounded to the compute dtype before the scale, as the reference models do.
         return full.astype(x.dtype) * scale.astype(x.dtype)
 

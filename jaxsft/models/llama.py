@@ -54,7 +54,7 @@ RULES: Rules = (
     ("blocks/[^/]+/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
     ("blocks/[^/]+/(attn/[qkv]|mlp/(gate|up))/bias", P(None, "tensor")),
     ("blocks/[^/]+/(attn/o|mlp/down)/bias", P(None, None)),
-    ("blocks/[^/]+/(attn/[qk]_norm|attn_norm|mlp_norm)/scale", P(None, None)),
+    ("blocks/[^/]+/(attn/[qk]_norm|(attn|mlp)(_post)?_norm)/scale", P(None, None)),
     ("norm/scale", P(None)),
 )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsft.models.decoder import DecoderConfig
-from jaxsft.models.family import Family, Reader, read_shape, with_windows
+from jaxsft.models.family import Family, Reader, read_shape, read_types, with_windows
 from jaxsft.models.llama import NAMES, RULES
 
 
@@ -19,10 +19,7 @@ def read_windows(read: Reader, layers: int) -> list[int | None]:
     window = window if read("use_sliding_window", False) else None
     first = read("max_window_layers", 28)
     older = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    types = read("layer_types", older)
-    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
-        raise ValueError(f"config.json has layer types that are not known: {', '.join(unknown)}")
-    return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if kind == "sliding_attention" else None for kind in read_types(read, older)]
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:

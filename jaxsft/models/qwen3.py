@@ -20,7 +20,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     head_dim, bias = read("head_dim", 128), read("attention_bias", False)
     windows = read_windows(read, shape.layers)
     read.finish()
-    shape = dataclasses.replace(shape, head_dim=head_dim, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    shape = dataclasses.replace(shape, head_dim=head_dim, qkv_bias=bias, out_bias=bias, qk_norm="head")
     return with_windows(shape, windows)
 
 

@@ -11,17 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+KINDS = ("default", "linear", "llama3", "yarn", "none")  # none: the layer does not turn q and k at all
+
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions become angles; `kind` is `default`, `linear` or `llama3`."""
+    """How positions become angles; `kind` is one of `KINDS`."""
 
     theta: float = 10_000.0
     kind: str = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3 only, like the next two
+    low_freq_factor: float = 1.0  # llama3 only, like the next one
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    original_max_position: int = 8192  # llama3 and yarn
+    beta_fast: float = 32.0  # yarn only, like the next three: turns above which a wave is kept
+    beta_slow: float = 1.0  # turns below which a wave is stretched
+    truncate: bool = True  # the blend begins and ends at whole features
+    attention_factor: float | None = None  # of cosine and sine; by default 0.1 ln(factor) + 1
 
 
 def frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "half"]:
@@ -46,17 +52,45 @@ def frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "half"]:
             smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
             smooth = np.clip(smooth, 0.0, 1.0)
             inverse = (1 - smooth) * inverse / rope.factor + smooth * inverse
+        case "yarn":  # the same by feature instead of by wavelength (Peng et al. 2023, arXiv:2309.00071, section 3.2)
+            low, high = (_feature(turns, rope, head_dim) for turns in (rope.beta_fast, rope.beta_slow))
+            low, high = (math.floor(low), math.ceil(high)) if rope.truncate else (low, high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            blend = (np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001)
+            blend = np.clip(blend, 0.0, 1.0)
+            inverse = blend * inverse / rope.factor + (1 - blend) * inverse
+        case "none":
+            inverse = 0 * inverse
         case _:
-            raise ValueError(f"rope type {rope.kind!r} is not known; known are default, linear, llama3")
+            raise ValueError(f"rope type {rope.kind!r} is not known; known are {', '.join(KINDS)}")
     return inverse.astype(np.float32)
 
 
+def _feature(turns: float, rope: Rope, head_dim: int) -> float:
+    """The feature whose wave turns so often over the positions of the original training."""
+    return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+
+def amplitude(rope: Rope) -> float:
+    """What cosine and sine are multiplied with: 1, but for yarn (Peng et al. 2023, eq. 22).
+
+    Example:
+      >>> amplitude(Rope(kind="yarn", factor=1.0)), amplitude(Rope())
+      (1.0, 1.0)
+    """
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+
 def angles(
-    positions: Int[Array, "B T"], inverse: Float[np.ndarray, "half"]
+    positions: Int[Array, "B T"], inverse: Float[np.ndarray, "half"], amplitude: float = 1.0
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Returns cosine and sine of every position's angles, in float32: bfloat16 cannot hold a position above 256."""
     radians = positions[..., None, None].astype(jnp.float32) * inverse
-    return jnp.cos(radians), jnp.sin(radians)
+    return jnp.cos(radians) * amplitude, jnp.sin(radians) * amplitude
 
 
 def rotate(

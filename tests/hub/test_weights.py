@@ -31,6 +31,12 @@ MODULES = {
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }
+# Where norms follow attention and MLP, the name that Llama has for the one before the MLP is that of another.
+SANDWICH = MODULES | {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 PLAIN = {"embed/table": "model.embed_tokens", "norm/scale": "model.norm", "head/table": "lm_head"}
 
 
@@ -40,9 +46,9 @@ def expected(raw, path):
         return raw[f"{PLAIN[path]}.weight"]
     _, name, *module, part = path.split("/")
     first, last = map(int, name.split("-"))
-    found = []
+    found, modules = [], SANDWICH if "model.layers.0.post_feedforward_layernorm.weight" in raw else MODULES
     for layer in range(first, last + 1):
-        x = raw[f"model.layers.{layer}.{MODULES['/'.join(module)]}.{'bias' if part == 'bias' else 'weight'}"]
+        x = raw[f"model.layers.{layer}.{modules['/'.join(module)]}.{'bias' if part == 'bias' else 'weight'}"]
         found.append(x.T if part == "kernel" else x)
     return np.stack(found)
 
@@ -198,7 +204,10 @@ def test_a_truncated_file_is_refused(copy, keep):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt_neox"}, "config.json: model_type 'gpt_neox' is not supported; supported are llama"),
+        (
+            {"model_type": "gpt_neox"},
+            "config.json: model_type 'gpt_neox' is not supported; supported are gemma, .*llama",
+        ),
         ({"logit_scale": 2.0}, "config.json: .* has keys this family does not know: 'logit_scale' = 2.0"),
         ({"hidden_act": "swish2"}, "config.json: activation 'swish2' is not known"),
         ({"num_key_value_heads": 3}, "config.json: 4 heads cannot share 3 key heads"),

@@ -148,3 +148,29 @@ def test_the_loss_sums_to_the_negative_log_likelihood_of_the_learned_tokens():
 def test_the_loss_ignores_what_is_not_learned_even_if_it_is_not_finite():
     loss = losses.sft(jnp.array([[-1.0, -jnp.inf, jnp.nan]]), jnp.array([[True, False, False]]))
     assert loss.tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("scale", "soft_cap"), [(0.25, None), (1.0, 2.0), (3.0, 1.5)])
+@pytest.mark.parametrize("trains", [("features",), ("table",), ("features", "table")])
+def test_scaled_and_capped_scores_have_the_values_and_gradients_of_the_whole_array(scale, soft_cap, trains):
+    features, table, targets, weights = arrays()
+    mask = jnp.asarray(MASKS["ragged"])
+
+    def whole(features, table):
+        scores = scale * features @ table.T
+        scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+        every = jax.nn.log_softmax(scores, axis=-1)
+        return jnp.where(mask, jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0], 0.0)
+
+    def ours(features, table):
+        return losses.logprobs(features, table, targets, mask, scale=scale, soft_cap=soft_cap, chunk=6)
+
+    given = {"features": features, "table": table}
+    np.testing.assert_allclose(ours(**given), whole(**given), atol=2e-6)
+    pulls = []
+    for lp in (ours, whole):
+        total = lambda learned, lp=lp: (lp(**(given | learned)) * weights).sum()
+        pulls.append(jax.jit(jax.grad(total))({name: given[name] for name in trains}))
+    for name in trains:
+        np.testing.assert_allclose(pulls[0][name], pulls[1][name], rtol=5e-6, atol=5e-6)
+        assert float(jnp.abs(pulls[0][name]).max()) > 1e-2

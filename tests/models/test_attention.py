@@ -80,6 +80,22 @@ def test_attend_equals_a_plain_softmax_loop_in_both_forms(n, kv, window):
         np.testing.assert_allclose(FORMS(q, k, v, ROWS, ROWS, window, ordered=ordered), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize(("scale", "soft_cap"), [(0.7, None), (None, 1.5), (0.3, 0.8)])
+def test_scores_are_scaled_and_capped_as_told(scale, soft_cap):
+    q, k, v = heads(5, 9, 2)
+    sees = np.asarray(seen(ROWS, ROWS, NO_WINDOW))
+    expected = np.zeros(q.shape, np.float32)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        there = np.flatnonzero(sees[b, t])
+        scores = np.asarray(k[b, there, n] @ q[b, t, n]) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+        weights = np.exp(scores - scores.max())
+        expected[b, t, n] = weights @ np.asarray(v[b, there, n]) / weights.sum()
+    for ordered in (False, True):
+        found = attend(q, k, v, ROWS, ROWS, scale=scale, soft_cap=soft_cap, ordered=ordered)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("window", [70, NO_WINDOW])
 def test_rows_of_several_blocks_equal_the_plain_loop_and_have_the_same_gradients(window):
     long = where([300], [100, 150, 30, -20])

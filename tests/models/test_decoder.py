@@ -13,7 +13,7 @@ from jaxsft.models.layers import Dense
 
 V, T = 31, 12
 CONFIG = DecoderConfig(
-    V, 16, 24, 4, heads=4, kv_heads=2, head_dim=4, max_position=64, qkv_bias=True, qk_norm=True,
+    V, 16, 24, 4, heads=4, kv_heads=2, head_dim=4, max_position=64, qkv_bias=True, qk_norm="head",
     windows=(None, 3, None, 3),
 )  # fmt: skip
 PLAIN = DecoderConfig(V, 16, 24, 2, heads=2, kv_heads=1, head_dim=8, max_position=64, tied=True)  # compiles fast

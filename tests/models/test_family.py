@@ -17,6 +17,12 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
+# What the families that are not Llama in other clothes have on their own.
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+QK_NORM = {"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}
+HEAD_DIM = {"qwen3": 128} | dict.fromkeys(GEMMAS, 256)
+THETA = {"smollm3": 2_000_000.0, "gemma3_text": 1_000_000.0}
+WINDOWS = {"gemma2": (4096, None, 4096, None), "gemma3_text": (4096,) * 4}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6}
 QWENS = ["qwen2", "qwen3"]
 
@@ -31,22 +37,28 @@ def family(request):
 
 
 def test_a_config_reads_into_the_shape_it_describes(family):
-    more = {"sliding_window": None} if family == "mistral" else {}
-    found = read(family, head_dim=16, tie_word_embeddings=True, hidden_act="gelu", **more)
+    more = {"sliding_window": None} if family in ("mistral", *WINDOWS) else {}
+    found = read(family, head_dim=16, tie_word_embeddings=True, hidden_act="relu", **more)
     expected = (96, 32, 48, 4, 4, 2, 16, 256)
     assert dataclasses.astuple(found)[:8] == expected
-    assert (found.norm_eps, found.tied, found.activation) == (1e-5, True, "gelu")
-    assert (found.qkv_bias, found.qk_norm) == (family == "qwen2", family == "qwen3")
+    assert (found.norm_eps, found.tied, found.activation) == (1e-5, True, "relu")
+    assert (found.qkv_bias, found.qk_norm) == (family == "qwen2", QK_NORM.get(family, ""))
+    assert (found.pre_norm, found.post_norm) == (family != "olmo2", family in ("gemma2", "gemma3_text", "olmo2"))
+    assert found.norm_from_zero == (family in GEMMAS)
+    assert found.embed_scale == (32**0.5 if family in GEMMAS else 1)
     assert found.windows is None
 
 
 def test_keys_that_a_config_leaves_out_take_the_familys_defaults(family):
     sparse = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "hidden_act", "rms_norm_eps")}
     found = FAMILIES[family].read_config({**sparse, "model_type": family})
-    assert (found.kv_heads, found.activation, found.norm_eps) == (4, "silu", 1e-6)
-    assert found.head_dim == (128 if family == "qwen3" else 8)
-    assert found.rope == Rope(theta=10_000.0)
-    assert not found.tied
+    activation = "gelu_pytorch_tanh" if family in GEMMAS else "silu"
+    eps = 1e-5 if family == "olmo2" else 1e-6
+    assert (found.kv_heads, found.activation, found.norm_eps) == (4, activation, eps)
+    assert found.head_dim == HEAD_DIM.get(family, 8)
+    assert found.rope == Rope(theta=THETA.get(family, 10_000.0))
+    assert found.tied == (family in (*GEMMAS, "smollm3"))
+    assert found.windows == WINDOWS.get(family, (4096,) * 4 if family == "mistral" else None)
 
 
 def test_bookkeeping_keys_are_harmless(family):
@@ -68,7 +80,9 @@ def test_a_missing_key_is_named_with_one_that_may_mean_it(family, key):
 
 @pytest.mark.parametrize("kind", ["gpt_neox", None])
 def test_an_unknown_model_type_lists_the_known_ones(kind):
-    with pytest.raises(ValueError, match=f"model_type {kind!r} is not supported; supported are llama, mistral, qwen2"):
+    with pytest.raises(
+        ValueError, match=f"model_type {kind!r} is not supported; supported are gemma, .*llama, mistral, "
+    ):
         family_of({"model_type": kind})
 
 
@@ -107,18 +121,66 @@ def test_a_known_model_type_gives_its_family(family):
     ],
 )
 def test_rope_settings_of_transformers_4_and_5_agree(family, old, new):
-    first, second = read(family, **old).rope, read(family, rope_parameters=new).rope
+    nested = {"full_attention": new} if family == "gemma3_text" else new
+    first, second = read(family, **old).rope, read(family, rope_parameters=nested).rope
     assert first == second
     assert first.theta == old["rope_theta"]
     assert first.factor == new.get("factor", 1.0)
     assert first.original_max_position == new.get("original_max_position_embeddings", 8192)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "none", "longrope"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_an_unknown_rope_type_is_refused(family, kind, key):
-    with pytest.raises(ValueError, match=f"asks for rope type '{kind}'; known are default, linear, llama3"):
-        read(family, **{key: {"rope_type": kind, "factor": 2.0}})
+    scaling = {"rope_type": kind, "factor": 2.0}
+    nested = {"full_attention": scaling} if (family, key) == ("gemma3_text", "rope_parameters") else scaling
+    with pytest.raises(ValueError, match=f"asks for rope type '{kind}'; known are default, linear, llama3, yarn"):
+        read(family, **{key: nested})
+
+
+def test_yarn_is_read_with_all_it_needs():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+    found = read("llama", rope_scaling=scaling).rope
+    assert (found.kind, found.factor, found.original_max_position, found.beta_fast) == ("yarn", 4.0, 64, 16.0)
+    del scaling["original_max_position_embeddings"]
+    with pytest.raises(ValueError, match="rope type 'yarn' without its 'original_max_position_embeddings'"):
+        read("llama", rope_scaling=scaling)
+
+
+def test_gemma_2_and_3_have_their_own_scales_caps_windows_and_ropes():
+    two = read("gemma2", head_dim=16, query_pre_attn_scalar=64, sliding_window=6)
+    assert (two.attn_scale, two.attn_soft_cap, two.logit_soft_cap) == (1 / 8, 50.0, 30.0)
+    assert two.windows == (6, None, 6, None)
+    assert read("gemma2", final_logit_softcapping=None).logit_soft_cap is None
+    three = read("gemma3_text", num_hidden_layers=7, sliding_window=6, rope_theta=5e5, rope_local_base_freq=99.0)
+    assert three.windows == (6,) * 5 + (None, 6)
+    assert [rope.theta for rope in three.ropes] == [99.0] * 5 + [5e5, 99.0]
+    with pytest.raises(ValueError, match="sets 'attn_logit_softcapping' to 50.0; only None is supported"):
+        read("gemma3_text", attn_logit_softcapping=50.0)
+    with pytest.raises(ValueError, match="kinds of layers that are not known: rope_type"):
+        read("gemma3_text", rope_parameters={"rope_type": "default"})
+
+
+def test_the_first_gemmas_gelu_is_the_tanh_form():
+    assert read("gemma", hidden_act="gelu").activation == "gelu_pytorch_tanh"
+    assert read("gemma", hidden_act="gelu", hidden_activation="gelu").activation == "gelu"
+
+
+def test_granite_has_four_multipliers():
+    keys = {"embedding_multiplier": 12, "attention_multiplier": 0.1, "residual_multiplier": 0.2, "logits_scaling": 4}
+    found = read("granite", **keys)
+    assert (found.embed_scale, found.attn_scale, found.residual_scale, found.logit_scale) == (12, 0.1, 0.2, 0.25)
+
+
+def test_smollm3_turns_no_heads_on_every_fourth_layer_or_where_it_says():
+    kinds = lambda found: [rope.kind for rope in found.ropes or ()]
+    assert kinds(read("smollm3")) == ["default", "default", "default", "none"]
+    assert kinds(read("smollm3", no_rope_layers=[0, 1, 1, 0])) == ["none", "default", "default", "none"]
+    assert read("smollm3", no_rope_layers=[1, 1, 1, 1]).ropes is None
+    windowed = read("smollm3", use_sliding_window=True, sliding_window=6, no_rope_layer_interval=2)
+    assert windowed.windows == (None, 6, None, 6)
+    with pytest.raises(ValueError, match="no_rope_layers names 3 of 4 layers"):
+        read("smollm3", no_rope_layers=[1, 1, 1])
 
 
 def test_an_unknown_rope_setting_is_refused(family):

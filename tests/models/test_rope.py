@@ -58,9 +58,31 @@ def test_llama3_frequencies_equal_the_documented_ones(theta, original):
     assert np.any((ratio > 1.01) & (ratio < 7.9))  # fast, slow and blended waves all occurred
 
 
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_keeps_fast_waves_stretches_slow_ones_and_blends_those_between(truncate):
+    rope_ = Rope(10_000.0, "yarn", factor=8.0, original_max_position=512, truncate=truncate)
+    found, plain = rope.frequencies(rope_, 64), rope.frequencies(Rope(10_000.0), 64)
+    turns = 512 * plain / (2 * np.pi)  # of each wave over the original positions
+    if not truncate:
+        np.testing.assert_allclose(found[turns > 32], plain[turns > 32], rtol=1e-6)
+        np.testing.assert_allclose(found[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
+    low, high = (32 * np.log(512 / (2 * np.pi * t)) / np.log(10_000) for t in (32, 1))
+    low, high = (np.floor(low), np.ceil(high)) if truncate else (low, high)
+    for i in range(32):  # equation 20's ramp over features
+        stretched = min(max((i - low) / (high - low), 0), 1)
+        assert found[i] == pytest.approx(plain[i] * (stretched / 8 + 1 - stretched), rel=1e-5)
+    assert rope.amplitude(rope_) == pytest.approx(0.1 * np.log(8) + 1)
+    assert rope.amplitude(Rope(kind="yarn", factor=8.0, attention_factor=1.5)) == 1.5
+
+
+def test_a_layer_without_rope_leaves_heads_as_they_are():
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    np.testing.assert_array_equal(turn(x, [0, 1, 2, 7, 300], rope.frequencies(Rope(kind="none"), 8)), x)
+
+
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="rope type 'yarn' is not known; known are default, linear, llama3"):
-        rope.frequencies(Rope(kind="yarn"), 8)
+    with pytest.raises(ValueError, match="rope type 'dynamic' is not known; known are default, linear, llama3"):
+        rope.frequencies(Rope(kind="dynamic"), 8)
 
 
 def test_the_rotation_turns_feature_i_with_feature_i_plus_half():
