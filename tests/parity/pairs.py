@@ -36,6 +36,7 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -44,6 +45,26 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # small, so that slow, blended and fast waves all occur
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+}
+CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}  # small, so that they bend
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
+GLOBAL = {
+    "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 40_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 0.7,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
 MIXED = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_hidden_layers": 4}
@@ -65,6 +86,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-biases": ("Qwen3Config", {"head_dim": 16, "attention_bias": True}),
     "qwen3-mixed-windows": ("Qwen3Config", {"head_dim": 16, **MIXED}),
+    "llama-rope-yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "gemma-tied": ("GemmaConfig", {"head_dim": 16}),
+    "gemma-untied-biases": ("GemmaConfig", {"head_dim": 12, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma-mqa": ("GemmaConfig", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2-windows": ("Gemma2Config", {"head_dim": 16, "sliding_window": 11, "num_hidden_layers": 4, **CAPS}),
+    "gemma2-no-caps": ("Gemma2Config", {"head_dim": 16, **NO_CAPS}),
+    "gemma2-untied": ("Gemma2Config", {"head_dim": 16, "tie_word_embeddings": False, "query_pre_attn_scalar": 24}),
+    "gemma3-two-ropes": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 9, "num_hidden_layers": 7}),
+    "gemma3-rope-linear": ("Gemma3TextConfig", {"head_dim": 16, "rope_parameters": GLOBAL, "layer_types": LOCAL}),
+    "gemma3-logit-cap": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0},
+    ),
+    "olmo2-untied": ("Olmo2Config", {}),
+    "olmo2-tied-biases": ("Olmo2Config", {"tie_word_embeddings": True, "attention_bias": True}),
+    "olmo2-mha": ("Olmo2Config", {"num_key_value_heads": 4}),
+    "granite-multipliers": ("GraniteConfig", GRANITE),
+    "granite-tied-biases": (
+        "GraniteConfig",
+        {**GRANITE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "granite-plain": ("GraniteConfig", {"attention_multiplier": 0.25}),
+    "smollm3-tied": ("SmolLM3Config", {"num_hidden_layers": 4}),
+    "smollm3-windows": (
+        "SmolLM3Config",
+        {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9, "no_rope_layer_interval": 2},
+    ),
+    "smollm3-untied-biases": (
+        "SmolLM3Config",
+        {"no_rope_layers": [0, 1, 1], "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
 }
 
 
@@ -88,11 +140,12 @@ def make(name: str, folder: Path) -> Pair:
     kind, options = CASES[name]
     config = getattr(transformers, kind)(**{**SHAPE, **options})
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    center = 0 if kind.startswith("Gemma") else 1  # what a norm's weight is at scale 1
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():
         for path, weight in theirs.named_parameters():  # also the biases and norms, which would start at 0 and 1
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.3 * noise if "norm" in path else SIZE * noise)
+            weight.copy_(center + 0.3 * noise if "norm" in path else SIZE * noise)
     theirs.save_pretrained(folder)
     model, params = hub.load(str(folder))
     return Pair(name, folder, theirs, model, params, models.FAMILIES[config.model_type])

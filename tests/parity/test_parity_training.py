@@ -22,7 +22,10 @@ pytestmark = [
     # PEFT asks transformers for a property that transformers renamed.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
-tiny = pytest.mark.parametrize("pair", ["llama-gqa-tied", "llama-biases", "qwen3-untied", "qwen3-tied"], indirect=True)
+LLAMAS = ["llama-gqa-tied", "llama-biases", "qwen3-untied", "qwen3-tied"]
+OTHERS = ["gemma2-windows", "gemma3-two-ropes", "olmo2-untied", "granite-multipliers", "smollm3-windows"]
+tiny = pytest.mark.parametrize("pair", LLAMAS, indirect=True)
+all_kinds = pytest.mark.parametrize("pair", [*LLAMAS, *OTHERS], indirect=True)
 both = pytest.mark.parametrize("tuning", ["lora", "full"])
 
 IGNORED = -100  # the label that transformers leaves out
@@ -100,7 +103,7 @@ def begin(variables, pattern: str, tx):
     return train.init(jax.tree.map(jnp.copy, trainable), tx, jax.random.key(0)), frozen
 
 
-@tiny
+@all_kinds
 @both
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_one_sgd_step_has_the_loss_and_gradients_of_torch(pair, tuning, microbatches, tmp_path, difference):
