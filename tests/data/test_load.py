@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -408,3 +409,29 @@ def test_published_judgements_load_whole(shared, name, kind):
     loaded = data.load_rows(config, tokenizer, kind)
     assert len(loaded.train) == 240
     assert loaded.report.efficiency > 0.8
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mixture_goes_on_after_any_batch_when_everything_is_loaded_anew(tmp_path, chatml, processes):
+    a = write(tmp_path / "a.jsonl", questions(23))
+    b = write(tmp_path / "b.jsonl", [{"text": f"hello {i} " * 30} for i in range(9)])
+    sources = [data.Source(a, weight=2), data.Source(b, weight=1)]
+    options = {"mix": "interleave_over", "val_fraction": 0.2, "max_length": 48, "cache": str(tmp_path / "cache")}
+    share = {"seed": 5, "epochs": None, "processes": processes}
+
+    def take(process, position, count):
+        rows = load(sources, chatml, **options).train
+        return list(islice(batches(rows, 4, position=position, process=process, **share), count))
+
+    for process in range(processes):
+        whole = take(process, None, 12)
+        for at in (0, 3, 10):
+            position = json.loads(json.dumps(whole[at].position))
+            rest = take(process, position, 11 - at)
+            assert [one.position for one in rest] == [one.position for one in whole[at + 1 :]]
+            for one, other in zip(rest, whole[at + 1 :], strict=True):
+                assert all(np.array_equal(x, y) for x, y in zip(one.tokens, other.tokens, strict=True))
+    with open(b, "a") as file:
+        file.write("\n" + json.dumps({"text": "one more"}))
+    with pytest.raises(DataError, match="the data is not that of the checkpoint"):
+        take(0, position, 1)
