@@ -211,6 +211,16 @@ def _init(config: DecoderConfig, key: Key) -> Tree:
     return params if config.tied else {**params, "head": table(key_head)}
 
 
+def _turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array, Int[np.ndarray, "L"]]:
+    """Cosine and sine of the positions, [K, B, T, 1, half] for K different ropes, and which of them each layer has."""
+    ropes = config.ropes or (config.rope,) * config.layers
+    kinds = list(dict.fromkeys(ropes))
+    inverse = [rotary.frequencies(rope, config.head_dim) for rope in kinds]
+    turns = [rotary.angles(positions, f, rotary.amplitude(rope)) for f, rope in zip(inverse, kinds, strict=True)]
+    cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
+    return cos, sin, np.array([kinds.index(rope) for rope in ropes], np.int32)
+
+
 def build(
     config: DecoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, remat: str = "none", lora_dropout: float = 0.0
 ) -> Model:
@@ -237,9 +247,6 @@ def build(
     if remat not in REMAT:
         raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
     block = Block(config, lora_dropout)
-    ropes = config.ropes or (config.rope,) * config.layers
-    kinds = list(dict.fromkeys(ropes))
-    kind_of = np.array([kinds.index(rope) for rope in ropes], np.int32)
     final_norm = RMSNorm(config.norm_eps, config.norm_from_zero)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
@@ -247,11 +254,7 @@ def build(
         params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
         x = params["embed"]["table"][tokens].astype(dtype)
         x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
-        turns = [
-            rotary.angles(where.positions, rotary.frequencies(rope, config.head_dim), rotary.amplitude(rope))
-            for rope in kinds
-        ]
-        cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
+        cos, sin, kind_of = _turns(config, where.positions)
         slots = None
         if cache is not None:
             S = cache.k.shape[2]
@@ -259,7 +262,7 @@ def build(
 
         def layer(x, inputs):
             weights, window, kind, old, key = inputs
-            angles = (cos[0], sin[0]) if len(kinds) == 1 else (cos[kind], sin[kind])
+            angles = (cos[0], sin[0]) if len(cos) == 1 else (cos[kind], sin[kind])
             rngs = None if key is None else {"dropout": key}
             return block.apply(weights, x, angles, where, window, old, slots, rngs=rngs)
 

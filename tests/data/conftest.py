@@ -1,10 +1,14 @@
 """Tokenizers made on the spot, and the real ones where this checkout has them beside it."""
 
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jaxsft import data
+from jaxsft.data import Config, Conversation, Message
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>"]
@@ -77,3 +81,21 @@ def documents(rows) -> list[tuple]:
             here = row.segments == number
             found.append((tuple(row.tokens[here].tolist()), tuple(row.mask[here].tolist())))
     return found
+
+
+def load(path, tokenizer, **options):
+    return data.load(Config(train=path, **options), tokenizer)
+
+
+def write(path, rows) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def questions(count) -> list[dict]:
+    """Alpaca rows of many lengths, each with its own number in it."""
+    return [{"instruction": f"hello {i} " * (i % 5 + 1), "output": f"world {i} " * (i % 7 + 1)} for i in range(count)]
+
+
+def conversation(row) -> Conversation:
+    return Conversation((Message("user", row["instruction"]), Message("assistant", row["output"])))
