@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 C = TypeVar("C")
 
@@ -45,7 +45,7 @@ def parse(kind: type[C], args: Sequence[str] | None = None) -> C:
         words = list(sys.argv[1:] if args is None else args)
         given = [value for word, value in pairwise(words) if word == "--config"]
         where = f" (read from {', '.join(given)} and the command line)" if given else ""
-        print(f"error: {explain(str(error), keys(kind))}{where}", file=sys.stderr)
+        print(f"error: {explain(str(error), keys(kind) + item_keys(kind))}{where}", file=sys.stderr)
         raise SystemExit(2) from None
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
@@ -68,6 +68,31 @@ def keys(kind: type, prefix: str = "") -> list[str]:
     return found
 
 
+def item_keys(kind: type, prefix: str = "") -> list[str]:
+    """Lists the dotted keys of dataclasses in lists, which stand behind the key of the list.
+
+    Example:
+      >>> from jaxsft.data.load import Config
+      >>> item_keys(Config)[:2]
+      ['train.path', 'train.format']
+    """
+    found = []
+    for field in dataclasses.fields(kind):
+        part = field.type
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
+            found += item_keys(part, f"{prefix}{field.name}.")
+        else:
+            found += [key for one in _inside(part) for key in keys(one, f"{prefix}{field.name}.")]
+    return found
+
+
+def _inside(part: object) -> list[type]:
+    """The dataclasses that a type like str | list[str | Source] mentions."""
+    if isinstance(part, type) and dataclasses.is_dataclass(part):
+        return [part]
+    return [one for argument in get_args(part) for one in _inside(argument)]
+
+
 def explain(message: str, known: list[str]) -> str:
     """Adds to a parser's complaint about an unknown key the known one that is nearest to it."""
     group = re.search(r"Group '([^']+)'", message)
@@ -75,7 +100,10 @@ def explain(message: str, known: list[str]) -> str:
     if not name:
         return message
     key = f"{group[1]}.{name[1]}" if group else name[1]
+    # A key of a list's item comes without its section; then the last words are compared.
+    last = {one.rpartition(".")[2]: one for one in reversed(known)}
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    near = near or [last[word] for word in difflib.get_close_matches(key, last, 1)]
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown key {key!r}; {hint}--help lists all keys"
 

@@ -194,3 +194,20 @@ def test_help_explains_every_key_of_supervised_fine_tuning(capsys, sft):
 def test_supervised_fine_tuning_names_the_nearest_key_three_levels_down(capsys, sft):
     said = refused(capsys, ["--tuning.lora.rnak", "8"], sft)
     assert "unknown key 'tuning.lora.rnak'; did you mean 'tuning.lora.rank'?" in said
+
+
+def test_an_unknown_key_of_an_item_of_a_list_is_told_the_nearest_one(tmp_path, capsys):
+    from jaxsft.data import Config as Data
+
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        data: Data = Data()
+
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  train:\n    - {path: a.jsonl, wieght: 2}\n")
+    with pytest.raises(SystemExit):
+        config.parse(Run, ["--config", str(file)])
+    assert "unknown key 'wieght'; did you mean 'data.train.weight'?" in capsys.readouterr().err
+    file.write_text("data:\n  train:\n    - a.jsonl\n    - {path: b.jsonl, epochs: 2, columns: {text: body}}\n")
+    first, second = config.parse(Run, ["--config", str(file)]).data.train
+    assert (first, second.epochs, second.columns) == ("a.jsonl", 2.0, {"text": "body"})

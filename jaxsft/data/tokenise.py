@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.data import formats, pack, sources
-from jaxsft.data.chat import Completion, Conversation, Parsed, Preference, Prompt, Text, Unpaired
+from jaxsft.data.chat import Completion, Conversation, Image, Parsed, Preference, Prompt, Text, Unpaired
 from jaxsft.data.info import Source, adapt
 from jaxsft.data.render import Example, Rendered, encode
 from jaxsft.data.rows import Bad, DataError, Row
@@ -38,6 +38,15 @@ KINDS: dict[str, tuple[type, ...]] = {
     "preference": (Preference,),
     "unpaired": (Unpaired,),
     "prompt": (Prompt, Conversation, Completion),
+}
+NOUNS = {
+    Conversation: "a conversation",
+    Completion: "a completion",
+    Text: "a text",
+    Preference: "a preference",
+    Unpaired: "an unpaired answer",
+    Prompt: "a prompt",
+    Image: "an image",
 }
 WORDS = {
     "learn": "conversations, completions and texts",
@@ -110,7 +119,7 @@ def tokenise_rows(found: Sequence[Row | Bad], job: Job, tokenizer: Any) -> Resul
 def _fit(parsed: Parsed, kind: str, name: str) -> Parsed:
     """The record a run needs, refused where the row is another; a conversation ends where its last answer begins."""
     if not isinstance(parsed, KINDS[kind]):
-        raise DataError(f"the row is of the format {name}; this run takes {WORDS[kind]}")
+        raise DataError(f"the row holds {NOUNS[type(parsed)]} ({name}); this run takes {WORDS[kind]}")
     if kind != "prompt":
         return parsed
     match parsed:

@@ -192,7 +192,11 @@ def test_long_pairs_are_cut_alike(tmp_path, chatml):
 @pytest.mark.parametrize(
     ("rows", "kind", "message"),
     [
-        ([{"instruction": "a", "output": "b"}], "preference", "format alpaca; this run takes preferences"),
+        (
+            [{"instruction": "a", "output": "b"}],
+            "preference",
+            "holds a conversation .alpaca.; this run takes preferences",
+        ),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "preference", "chosen and rejected are the same"),
         ([{"prompt": "a " * 400}], "prompt", "the prompt has .* tokens; raise data.max_length, which is 64"),
         ([{"prompt": "a", "completion": "b", "label": 1}], "unpaired", "label is 1; expected true or false"),

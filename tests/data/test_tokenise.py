@@ -58,8 +58,11 @@ def test_rows_of_nothing_but_bad_ones_are_refused(tmp_path, chatml):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the row is of the format preference; this run takes conv"),
-        ({"image_path": "a.png", "label": "b"}, "the row is of the format image"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "the row holds a preference .preference.; this run takes conv",
+        ),
+        ({"image_path": "a.png", "label": "b"}, "the row holds an image .image."),
         (
             {
                 "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}],
