@@ -45,7 +45,7 @@ def adapter_template(adapter: str) -> str:
 
 def save_template(folder: Path, tokenizer) -> None:
     """Makes exported files ask as we taught: the chat template and the token that ends an answer, where they differ."""
-    if jax.process_index():
+    if jax.process_index() or not isinstance(tokenizer.chat_template, str):  # several templates, those of the base
         return
     settings = folder / "tokenizer_config.json"
     known = read_json(settings) if settings.is_file() else {}
