@@ -8,6 +8,7 @@ from jaxsft.data.chat import Message
 from jaxsft.data.rows import DataError
 from jaxsft.data.script import write
 from jaxsft.data.stream import PackedRows
+from jaxsft.data.vocabulary import vocabulary
 
 OPENING = 12  # tokens of a plain text that are shown to be continued
 
@@ -48,10 +49,13 @@ def questions(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
 
 def said_last(prompt: str, tokenizer: Any) -> str:
     """The last words of the user in a prompt: what stands between what the template writes around them."""
+    head = ""
     try:
         asked = write((Message("user", "\ufdd0"),), (), tokenizer, add_generation_prompt=True)
     except DataError:
         return prompt
     before, _, after = asked.partition("\ufdd0")
-    head = before[max((before.rfind(token) for token in tokenizer.all_special_tokens), default=0) :]
-    return prompt.rpartition(head)[2].removesuffix(after) if head in prompt and head else prompt
+    for special in vocabulary(tokenizer).pattern.finditer(before):  # what opens the turn, and not the conversation
+        head = before[special.end() if special[0] == tokenizer.bos_token else special.start() :]
+    head = head or before
+    return prompt.rpartition(head)[2].removesuffix(after) if head and head in prompt else prompt
