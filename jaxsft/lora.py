@@ -23,7 +23,7 @@ from jaxsft import tree
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
-ALL = ".*/(q|k|v|o|gate|up|down)"
+ALL = ".*/(q|k|v|qkv|o|gate|up|gate_up|down)"
 TRAINABLE = "lora/.*/(a|b)"
 
 

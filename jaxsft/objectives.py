@@ -24,6 +24,8 @@ def supervised(model: Model) -> Objective:
 
     Returns:
       (variables, Tokens, key) -> Sums: the summed negative log-likelihood in nats, and the number of tokens it is over.
+      In training (with a key) a mixture of experts adds `moe.balance` of the (micro)batch, times the coefficient
+      router_aux_loss_coef of its config.json, for each token.
 
     Example:
       >>> import jax, jaxsft
@@ -37,9 +39,12 @@ def supervised(model: Model) -> Objective:
 
     def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
         targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)
-        features = model.features(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
+        features, crowding = model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
         bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap}
         lp = losses.logprobs(features, model.output(variables), targets, mask, **bent)
-        return Sums(losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), {})
+        loss, weight, moe = losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), model.config.moe
+        if key is None or moe is None:
+            return Sums(loss, weight, {})
+        return Sums(loss + moe.balance * crowding * weight, weight, {"balance": crowding * weight})
 
     return objective

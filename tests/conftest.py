@@ -38,6 +38,8 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": 2,
 }
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "eos_token_id": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 # What each family's own config has beside SHAPE.
 OWN: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
@@ -47,6 +49,18 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma": {"architectures": ["GemmaForCausalLM"], "head_dim": 8},
     "gemma2": {"architectures": ["Gemma2ForCausalLM"], "head_dim": 8, "sliding_window": 6},
     "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "sliding_window": 6},
+    "gpt2": {"architectures": ["GPT2LMHeadModel"]},
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"architectures": ["Phi3ForCausalLM"]},
+    "qwen2_moe": {"architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 40, **MOE},
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 8, "mlp_only_layers": [0], **MOE},
     "granite": {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"]},
@@ -59,7 +73,9 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     H = config.get("head_dim", D // config["num_attention_heads"])
     N, K = config["num_attention_heads"] * H, config["num_key_value_heads"] * H
     kind = config["model_type"]
-    qwen2 = kind == "qwen2"
+    qwen2 = kind in ("qwen2", "qwen2_moe")
+    if kind == "gpt2":
+        return gpt2_shapes(config)
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (V, D)
@@ -73,7 +89,18 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj": (M, D),
             "mlp.down_proj": (D, M),
         }
-        own = {f"{name}.weight": shape for name, shape in dense.items()}
+        if kind == "phi3":
+            dense = {
+                "self_attn.qkv_proj": (N + 2 * K, D),
+                "self_attn.o_proj": (D, N),
+                "mlp.gate_up_proj": (2 * M, D),
+                "mlp.down_proj": (D, M),
+            }
+        own = {}
+        if "num_experts_per_tok" in config and layer not in config.get("mlp_only_layers", []):
+            dense = {name: shape for name, shape in dense.items() if name.startswith("self_attn")}
+            own = mixture_shapes(config)
+        own |= {f"{name}.weight": shape for name, shape in dense.items()}
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * (kind in ("gemma2", "gemma3_text"))
         norms = ["post_attention_layernorm", "post_feedforward_layernorm"] if kind == "olmo2" else norms
@@ -81,13 +108,58 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         biased = [name for name in dense if name.startswith("self_attn") and config.get("attention_bias")]
         biased += [name for name in dense if name.startswith("mlp") and config.get("mlp_bias")]
         biased += [name for name in dense if name[-6:] in ("q_proj", "k_proj", "v_proj") and qwen2]
+        biased += [name for name in dense if name.startswith("self_attn") and kind == "gpt_oss"]
         own |= {f"{name}.bias": dense[name][:1] for name in biased}
-        if kind in ("qwen3", "gemma3_text"):
+        if kind == "gpt_oss":
+            own["self_attn.sinks"] = (config["num_attention_heads"],)
+        if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
             own |= {"self_attn.q_norm.weight": (H,), "self_attn.k_norm.weight": (H,)}
         if kind == "olmo2":
             own |= {"self_attn.q_norm.weight": (N,), "self_attn.k_norm.weight": (K,)}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
     return shapes
+
+
+def mixture_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer's mixture of experts."""
+    D, M, kind = config["hidden_size"], config["intermediate_size"], config["model_type"]
+    E, F = config.get("num_local_experts") or config["num_experts"], config.get("moe_intermediate_size", M)
+    if kind == "gpt_oss":
+        return {
+            "mlp.router.weight": (E, D),
+            "mlp.router.bias": (E,),
+            "mlp.experts.gate_up_proj": (E, D, 2 * F),
+            "mlp.experts.gate_up_proj_bias": (E, 2 * F),
+            "mlp.experts.down_proj": (E, F, D),
+            "mlp.experts.down_proj_bias": (E, D),
+        }
+    home, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    if kind == "mixtral":
+        home, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
+    shapes: dict[str, tuple[int, ...]] = {f"{home}.gate.weight": (E, D)}
+    for e in range(E):
+        shapes |= {f"{home}.experts.{e}.{name}.weight": (F, D) for name in (gate, up)}
+        shapes[f"{home}.experts.{e}.{down}.weight"] = (D, F)
+    if kind == "qwen2_moe":
+        S = config["shared_expert_intermediate_size"]
+        shapes |= {f"mlp.shared_expert.{name}.weight": (S, D) for name in (gate, up)}
+        shapes |= {f"mlp.shared_expert.{down}.weight": (D, S), "mlp.shared_expert_gate.weight": (1, D)}
+    return shapes
+
+
+def gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a GPT 2 checkpoint; kernels are [in, out]."""
+    V, D, P = config["vocab_size"], config["n_embd"], config["n_positions"]
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (V, D), "transformer.wpe.weight": (P, D)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for layer in range(config["n_layer"]):
+        kernels = {"attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D), "mlp.c_fc": (D, 4 * D), "mlp.c_proj": (4 * D, D)}
+        own = {f"{name}.weight": shape for name, shape in kernels.items()}
+        own |= {f"{name}.bias": shape[1:] for name, shape in kernels.items()}
+        own |= {f"{name}.{part}": (D,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        shapes |= {f"transformer.h.{layer}.{name}": shape for name, shape in own.items()}
+    return shapes | {"transformer.ln_f.weight": (D,), "transformer.ln_f.bias": (D,)}
 
 
 @pytest.fixture(scope="session")
@@ -109,12 +181,12 @@ def tiny(tmp_path_factory):
     ) -> Path:
         folder = tmp_path_factory.mktemp(family)
         size = {"vocab_size": 2560} if tokenizer else {}
-        config = {**SHAPE, **OWN[family], **size, **config}
+        config = {**(GPT2 if family == "gpt2" else SHAPE), **OWN[family], **size, **config}
         config |= {"model_type": family, "torch_dtype": dtype, "tie_word_embeddings": tied}
         draw, tensors = np.random.default_rng(seed), {}
         for name, shape in hf_shapes(config).items():
             noise = draw.standard_normal(shape, np.float32)
-            tensors[name] = (1 + 0.3 * noise if "norm" in name else 0.2 * noise).astype(DTYPES[dtype])
+            tensors[name] = (1 + 0.3 * noise if "norm" in name or ".ln_" in name else 0.2 * noise).astype(DTYPES[dtype])
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for file in TOKENIZER if tokenizer else ():

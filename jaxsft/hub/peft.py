@@ -54,15 +54,15 @@ def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, b
       ['adapter_model.safetensors']
     """
     tensors, modules = [], []
-    for (where, layer), (leaf, row) in sorted(names.by_address(adapter).items(), key=str):
+    for (where, layer, expert), (leaf, index) in sorted(names.by_address(family, adapter).items(), key=str):
         module, part = where.rsplit("/", 1)
         if part == "scale":
             continue
         name = next(n.hf for n in family.names if n.path == f"{module}/kernel")
-        module = name.format(layer=layer).removesuffix(".weight")
+        module = name.format(layer=layer, expert=expert).removesuffix(".weight")
         modules.append(module)
-        shape = leaf.shape if row is None else leaf.shape[1:]
-        make = lambda leaf=leaf, row=row: fetch(leaf, row, transposed=True, dtype=np.dtype("float32"))
+        shape = leaf.shape[len(index) :]
+        make = lambda leaf=leaf, index=index: fetch(leaf, index, transposed=True, dtype=np.dtype("float32"))
         full = f"{PREFIX}{module}.lora_{part.upper()}.weight"
         tensors.append(Tensor(full, shape[::-1], np.dtype("float32"), make))
     folder = Path(path)

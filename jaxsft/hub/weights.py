@@ -90,17 +90,17 @@ def load(
     leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
     params, wanted = {}, set()
     for path_, place in tree.flat(placed).items():
-        here, transposed = names.leaf_names(family, path_)
-        _check(reader, here, leaves[path_].shape, stacked=path_.startswith("blocks/"), transposed=transposed)
-        wanted |= set(here)
+        here, transposed = names.leaf_names(family, path_, leaves[path_].shape)
+        _check(reader, here, leaves[path_].shape, transposed)
+        wanted |= set(here.flat)
         kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
         params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
-    spare = {"lm_head.weight"} if config.tied else set()
+    spare = {names.name_of(family, "head/table").hf} if config.tied else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare if not n.endswith(DERIVED)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
-    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout), tree.nest(params)
+    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh), tree.nest(params)
 
 
 @jax.jit
@@ -108,10 +108,10 @@ def _finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def _check(reader: Reader, here: list[str], shape: tuple[int, ...], *, stacked: bool, transposed: bool) -> None:
-    expected = shape[1:] if stacked else shape
+def _check(reader: Reader, here: np.ndarray, shape: tuple[int, ...], transposed: bool) -> None:
+    expected = shape[here.ndim :]
     expected = expected[::-1] if transposed else expected
-    for name in here:
+    for name in here.flat:
         if name not in reader.files:
             raise CheckpointError(f"{reader.folder} lacks the tensor {name!r}, which its config.json implies")
         if reader.shape(name) != expected:
@@ -124,15 +124,13 @@ def _check(reader: Reader, here: list[str], shape: tuple[int, ...], *, stacked: 
 def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
     """Makes one leaf, each device's slice read on its own."""
 
-    stacked = len(shape) == len(reader.shape(here[0])) + 1
-
     def part(index: Any) -> np.ndarray:
-        layers, inner = (here[index[0]], index[1:]) if stacked else (here, index)
-        inside = [len(range(*cut.indices(n))) for cut, n in zip(inner, shape[-len(inner) :], strict=True)]
-        out = np.empty((len(layers), *inside), dtype)
-        for row, name in zip(out, layers, strict=True):
-            row[:] = reader.read(name, inner[::-1]).T if transposed else reader.read(name, inner)
-        return out if stacked else out[0]
+        tensors, inner = np.asarray(here[index[: here.ndim]]), index[here.ndim :]
+        inside = [len(range(*cut.indices(n))) for cut, n in zip(inner, shape[here.ndim :], strict=True)]
+        out = np.empty((*tensors.shape, *inside), dtype)
+        for at, name in np.ndenumerate(tensors):
+            out[at] = reader.read(name, inner[::-1]).T if transposed else reader.read(name, inner)
+        return out
 
     return jax.make_array_from_callback(shape, place, part)
 
@@ -143,14 +141,14 @@ def init(
     """Makes a fresh model of the shape that `path`/config.json describes, for training from scratch."""
     family, config = read_config(resolve(path))
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    model = build(config, dtype=dtype, remat=remat)
+    model = build(config, dtype=dtype, remat=remat, mesh=mesh)
     placed = sharding.shardings(shapes(config), family.rules, mesh)
     return model, jax.jit(model.init, out_shardings=placed)(key)
 
 
-def fetch(leaf: jax.Array, row: int | None, *, transposed: bool, dtype: np.dtype) -> np.ndarray:
-    """Brings one layer of a stacked leaf, or a whole leaf, to the host."""
-    x = sharding.to_host(leaf if row is None else leaf[row])
+def fetch(leaf: jax.Array, index: tuple[int, ...], *, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    """Brings one layer (and expert) of a stacked leaf, or with no index a whole leaf, to the host."""
+    x = sharding.to_host(leaf[index] if index else leaf)
     return (x.T if transposed else x).astype(dtype)
 
 
@@ -180,12 +178,12 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
     family, config = read_config(base)
     raw = read_json(base / "config.json")
     kind = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    known, out = names.by_address(params), []
+    known, out = names.by_address(family, params), []
     for name, (address, transposed) in names.places(family, config).items():
         if address in known:
-            leaf, row = known[address]
-            shape = leaf.shape if row is None else leaf.shape[1:]
-            make = lambda leaf=leaf, row=row, t=transposed: fetch(leaf, row, transposed=t, dtype=jnp.dtype(kind))
+            leaf, index = known[address]
+            shape = leaf.shape[len(index) :]
+            make = lambda leaf=leaf, index=index, t=transposed: fetch(leaf, index, transposed=t, dtype=jnp.dtype(kind))
             out.append(Tensor(name, shape[::-1] if transposed else shape, jnp.dtype(kind), make))
     files = write(folder, out, shard_gb=shard_gb)
     _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind})
@@ -228,8 +226,9 @@ def merge(
     family, config = read_config(source)
     reader, known = Reader(source), names.places(family, config)
     if config.tied:  # some tied checkpoints carry the output layer all the same: it follows the embedding
-        known["lm_head.weight"] = known["model.embed_tokens.weight"]
-    new, low = names.by_address(trained or {}), names.by_address(adapter or {})
+        head, table = (names.name_of(family, path).hf for path in ("head/table", "embed/table"))
+        known[head] = known[table]
+    new, low = names.by_address(family, trained or {}), names.by_address(family, adapter or {})
 
     def make(name: str) -> np.ndarray:
         old = reader.read(name)
@@ -240,7 +239,7 @@ def merge(
         result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
         if result.shape != old.shape:
             raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
-        parts = [names.Address(f"{module}/{part}", address.layer) for part in ("a", "b", "scale")]
+        parts = [address._replace(path=f"{module}/{part}") for part in ("a", "b", "scale")]
         if address.path.endswith("/kernel") and parts[0] in low:
             a, b, scale = (fetch(*low[part], transposed=False, dtype=full) for part in parts)
             change = lora.delta(a, b, scale)
@@ -251,9 +250,7 @@ def merge(
         return result.astype(old.dtype)
 
     have = {known[name].address for name in reader.files if name in known}
-    changed = set(new) | {
-        names.Address(p.removesuffix("/a") + "/kernel", layer) for p, layer in low if p.endswith("/a")
-    }
+    changed = set(new) | {at._replace(path=f"{at.path[:-2]}/kernel") for at in low if at.path.endswith("/a")}
     if missing := sorted(changed - have, key=str):
         raise CheckpointError(
             f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"

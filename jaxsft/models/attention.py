@@ -53,6 +53,7 @@ def _block(
     v: Float[Array, "B S K H"],
     seen: Bool[Array, "B T S"],
     scale: float | None,
+    sinks: Float[Array, "N"] | None,
     soft_cap: float | None,
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
@@ -62,7 +63,10 @@ def _block(
     scores = scores / math.sqrt(H) if scale is None else scores * scale
     scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:  # a score that every query sees besides, of a key without a value
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(K, N // K, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
@@ -74,6 +78,7 @@ def attend(
     key: Where,
     window: Int[Array, ""] | int = NO_WINDOW,
     *,
+    sinks: Float[Array, "N"] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     ordered: bool = False,
@@ -84,6 +89,8 @@ def attend(
       q, k, v: heads, q and k rotated; softmax in float32 whatever their dtype.
       query, key: where the queries and keys stand.
       window: how many positions back a token sees, itself included.
+      sinks: of each head, a score beside those of the keys that takes weight and gives nothing (Xiao et al. 2023,
+        arXiv:2309.17453, section 3.3; gpt-oss).
       scale: of the scores, in 1 / sqrt(H)'s place.
       soft_cap: bounds the scores, cap tanh(score / cap) (Gemma 2, arXiv:2408.00118, section 2).
       ordered: T = S and no query needs a key further right in its row, as in training rows: work is skipped.
@@ -92,9 +99,9 @@ def attend(
     """
     T = q.shape[1]
     if not ordered:
-        return _block(q, k, v, visible(query, key, window), scale, soft_cap)
+        return _block(q, k, v, visible(query, key, window), scale, sinks, soft_cap)
     block = max(BLOCK, -(-T // MOST_BLOCKS))
-    again = jax.checkpoint(functools.partial(_block, scale=scale, soft_cap=soft_cap))
+    again = jax.checkpoint(functools.partial(_block, scale=scale, sinks=sinks, soft_cap=soft_cap))
     out = []
     for start in range(0, T, block):
         rows, upto = slice(start, start + block), slice(0, start + block)

@@ -1,4 +1,4 @@
-"""The one decoder: pre-norm blocks of attention and gated MLP, scanned over layers.
+"""The one decoder: blocks of attention and MLP (or a mixture of them), scanned over layers.
 
 Parameters are a nested dict:
 
@@ -7,12 +7,14 @@ Parameters are a nested dict:
     norm/scale                  [D]
     head/table                  [V, D]         absent where it is tied to embed/table
 
-A key under `blocks` names the layers it stacks. `split` cuts a stack in two ("0-5" and "6-7"), and then the two parts
+A key under `blocks` names the layers it stacks; layers of another make, such as those without a mixture of experts,
+have a stack of their own. `split` cuts a stack in two ("0-5" and "6-7"), and then the two parts
 can differ in what trains: the backward pass ends at the first part that trains anything. The functions below read the
 cut from the tree, so nothing else needs to know of it.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
@@ -21,11 +23,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import NO_WINDOW, Where, attend
-from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP, RMSNorm
+from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm
+from jaxsft.models.moe import Mixture, MoE, balance
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -67,6 +71,12 @@ class DecoderConfig:
     attn_soft_cap: float | None = None
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    gated: bool = True  # the MLP; else it has two layers (GPT 2)
+    fused: bool = False  # q, k, v are one kernel "qkv"; gate and up one kernel "gate_up" (Phi 3)
+    learned_positions: bool = False  # a table added to the embeddings (GPT 2)
+    sinks: bool = False  # every head has a score that takes weight and gives nothing (gpt-oss)
+    moe: MoE | None = None
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -93,6 +103,7 @@ class Model(NamedTuple):
     config: DecoderConfig
     init: Callable[[Key], Tree]  # key -> params
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None)
+    learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
     output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache)
     cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
@@ -105,31 +116,52 @@ def logits(model: Model, variables: Mapping, features: Float[Array, "B T D"]) ->
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
+class Turn(NamedTuple):
+    """Cosine and sine of the angles by which queries and keys turn; `slots` where the cache holds keys unturned."""
+
+    tokens: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
+    slots: tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]] | None = None
+
+
+def _norm(c: DecoderConfig, name: str | None = None) -> nn.Module:
+    return LayerNorm(c.norm_eps, name=name) if c.norm == "layer" else RMSNorm(c.norm_eps, c.norm_from_zero, name=name)
+
+
 class Attention(nn.Module):
     config: DecoderConfig
     lora_dropout: float
     out_init: Callable
 
     @nn.compact
-    def __call__(self, x, angles, where: Where, window, cache: Cache | None, slots):
+    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None, slots):
         c = self.config
         B, T, _ = x.shape
+        dense = lambda name, n: Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
+        counts = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
+        if c.fused:
+            ends = np.cumsum(list(counts.values()))
+            parts = jnp.split(dense("qkv", ends[-1]), ends[:-1] * c.head_dim, axis=-1)
+        else:
+            parts = [dense(name, n) for name, n in counts.items()]
 
-        def heads(name: str, n: int) -> Array:
-            y = Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
+        def heads(name: str, y: Array) -> Array:
             normed = bool(c.qk_norm) and name != "v"
             norm = RMSNorm(c.norm_eps, c.norm_from_zero, name=f"{name}_norm") if normed else lambda y: y
-            split = lambda y: y.reshape(B, T, n, c.head_dim)
+            split = lambda y: y.reshape(B, T, counts[name], c.head_dim)
             return split(norm(y)) if c.qk_norm == "all" else norm(split(y))
 
-        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
-        q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
+        q, k, v = (heads(name, y) for name, y in zip(counts, parts, strict=True))
+        sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.sinks else None
+        how = {"sinks": sinks, "scale": c.attn_scale, "soft_cap": c.attn_soft_cap}
+        q = rotary.rotate(q, *turn.tokens)
+        k = k if turn.slots else rotary.rotate(k, *turn.tokens)
         if cache is None:
-            out = attend(q, k, v, where, where, window, scale=c.attn_scale, soft_cap=c.attn_soft_cap, ordered=True)
+            out = attend(q, k, v, where, where, window, **how, ordered=True)
         else:
             rows = jnp.arange(B)[:, None]
             cache = Cache(cache.k.at[rows, where.positions].set(k), cache.v.at[rows, where.positions].set(v))
-            out = attend(q, cache.k, cache.v, where, slots, window, scale=c.attn_scale, soft_cap=c.attn_soft_cap)
+            keys = rotary.rotate(cache.k, *turn.slots) if turn.slots else cache.k
+            out = attend(q, keys, cache.v, where, slots, window, **how)
         out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
         return out, cache
 
@@ -137,20 +169,27 @@ class Attention(nn.Module):
 class Block(nn.Module):
     config: DecoderConfig
     lora_dropout: float = 0.0
+    mixed: bool = False  # a mixture of experts in the MLP's place
+    mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x, angles, where: Where, window, cache: Cache | None = None, slots: Where | None = None):
+    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None = None, slots: Where | None = None):
         c = self.config
         # Residual outputs start smaller, so that the sum over layers does not (Radford et al. 2019, section 2.3).
         out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
-        attn = Attention(c, self.lora_dropout, out_init, name="attn")
-        mlp = GatedMLP(c.mlp_hidden, c.activation, c.mlp_bias, self.lora_dropout, out_init, name="mlp")
-        norm = lambda name, on: RMSNorm(c.norm_eps, c.norm_from_zero, name=name) if on else lambda x: x
+        norm = lambda name, on: _norm(c, name) if on else lambda x: x
         add = lambda x, y: x + y if c.residual_scale == 1 else x + c.residual_scale * y
-        y, cache = attn(norm("attn_norm", c.pre_norm)(x), angles, where, window, cache, slots)
+        attn = Attention(c, self.lora_dropout, out_init, name="attn")
+        y, cache = attn(norm("attn_norm", c.pre_norm)(x), turn, where, window, cache, slots)
         x = add(x, norm("attn_post_norm", c.post_norm)(y))
-        y = mlp(norm("mlp_norm", c.pre_norm)(x))
-        return add(x, norm("mlp_post_norm", c.post_norm)(y)), cache
+        y, routing = norm("mlp_norm", c.pre_norm)(x), None
+        if self.mixed and c.moe is not None:
+            mixture = Mixture(c.moe, c.activation, self.lora_dropout, out_init, self.mesh, name="moe")
+            y, routing = mixture(y, where.segments > 0)
+        else:
+            make = functools.partial(GatedMLP, fused=c.fused) if c.gated else MLP
+            y = make(c.mlp_hidden, c.activation, c.mlp_bias, self.lora_dropout, out_init, name="mlp")(y)
+        return add(x, norm("mlp_post_norm", c.post_norm)(y)), cache, routing
 
 
 def span(name: str) -> range:
@@ -196,33 +235,78 @@ def split(params: Tree, at: int) -> Tree:
     return {**params, "blocks": stacks}
 
 
+def stacks(config: DecoderConfig) -> dict[str, bool]:
+    """The stacks that hold the layers, by name, and whether theirs have a mixture of experts.
+
+    Example:
+      >>> config = DecoderConfig(32, 8, 16, 5, 2, 1, 4, 64, moe=MoE(experts=4, active=2, hidden=8, dense=(0,)))
+      >>> stacks(config)
+      {'0-0': False, '1-4': True}
+    """
+    dense = range(config.layers) if config.moe is None else config.moe.dense
+    runs = [(mixed, list(run)) for mixed, run in itertools.groupby(range(config.layers), lambda i: i not in dense)]
+    return {f"{run[0]}-{run[-1]}": mixed for mixed, run in runs}
+
+
 def _init(config: DecoderConfig, key: Key) -> Tree:
     key_embed, key_head, key_blocks = jax.random.split(key, 3)
-    block, x = Block(config), jnp.zeros((1, 1, config.hidden))
+    x = jnp.zeros((1, 1, config.hidden))
     where = Where(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-    angles = rotary.angles(where.positions, rotary.frequencies(config.rope, config.head_dim))
-    one = lambda k: block.init(k, x, angles, where, NO_WINDOW)["params"]
-    table = lambda k: {"table": 0.02 * jax.random.normal(k, (config.vocab_size, config.hidden))}
+    turn = Turn(rotary.angles(where.positions, rotary.frequencies(config.rope, config.head_dim)))
+    keys = jax.random.split(key_blocks, config.layers)
+    blocks = {}
+    for name, mixed in stacks(config).items():
+        block = Block(config, mixed=mixed)
+        one = lambda k, block=block: block.init(k, x, turn, where, NO_WINDOW)["params"]
+        blocks[name] = jax.vmap(one)(keys[span(name).start : span(name).stop])
+    table = lambda k, rows=config.vocab_size: 0.02 * jax.random.normal(k, (rows, config.hidden))
     params = {
-        "embed": table(key_embed),
-        "blocks": {f"0-{config.layers - 1}": jax.vmap(one)(jax.random.split(key_blocks, config.layers))},
-        "norm": {"scale": (jnp.zeros if config.norm_from_zero else jnp.ones)(config.hidden)},
+        "embed": {"table": table(key_embed)},
+        "blocks": blocks,
+        "norm": _norm(config).init(key, x)["params"],
     }
-    return params if config.tied else {**params, "head": table(key_head)}
+    if config.learned_positions:
+        params["embed"]["positions"] = table(jax.random.fold_in(key_embed, 1), config.max_position)
+    return params if config.tied else {**params, "head": {"table": table(key_head)}}
 
 
-def _turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array, Int[np.ndarray, "L"]]:
-    """Cosine and sine of the positions, [K, B, T, 1, half] for K different ropes, and which of them each layer has."""
+def _lengths(where: Where, cached: bool) -> Int[Array, "B T"]:
+    """The length of the document each token stands in, as far as it is known; in a cache a row is one document."""
+    if cached:
+        return jnp.broadcast_to(where.positions.max(axis=1, keepdims=True) + 1, where.positions.shape)
+    longest = lambda p, s: jax.ops.segment_max(p, s, num_segments=p.shape[0] + 1)[s] + 1
+    return jax.vmap(longest)(where.positions, where.segments)
+
+
+def _turns(config: DecoderConfig, where: Where, slots: Where | None) -> tuple[Turn, Int[np.ndarray, "L"]]:
+    """The turn of each of K different ropes, stacked on a first axis, and which of them each layer has."""
     ropes = config.ropes or (config.rope,) * config.layers
     kinds = list(dict.fromkeys(ropes))
-    inverse = [rotary.frequencies(rope, config.head_dim) for rope in kinds]
-    turns = [rotary.angles(positions, f, rotary.amplitude(rope)) for f, rope in zip(inverse, kinds, strict=True)]
-    cos, sin = (jnp.stack(parts) for parts in zip(*turns, strict=True))
-    return cos, sin, np.array([kinds.index(rope) for rope in ropes], np.int32)
+    late = any(rope.kind in rotary.BY_LENGTH for rope in kinds)  # then a key turns anew as its document grows
+    lengths = _lengths(where, slots is not None) if late else None
+
+    def turn(rope: rotary.Rope) -> Turn:
+        inverse, size = rotary.frequencies(rope, config.head_dim), rotary.amplitude(rope)
+        if lengths is not None and rope.kind in rotary.BY_LENGTH:
+            inverse = rotary.stretched(rope, config.head_dim, lengths)
+        tokens = rotary.angles(where.positions, inverse, size)
+        if slots is None or not late:
+            return Turn(tokens)
+        inverse = inverse if isinstance(inverse, np.ndarray) else inverse[:, :1]
+        places = jnp.broadcast_to(slots.positions, (len(where.positions), slots.positions.shape[1]))
+        return Turn(tokens, rotary.angles(places, inverse, size))
+
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *[turn(rope) for rope in kinds])
+    return stacked, np.array([kinds.index(rope) for rope in ropes], np.int32)
 
 
 def build(
-    config: DecoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, remat: str = "none", lora_dropout: float = 0.0
+    config: DecoderConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Makes the functions of a model.
 
@@ -232,6 +316,7 @@ def build(
       remat: what the backward pass computes again: "none": nothing, "dots": all but the results of matrix products,
         "block": all but the inputs of the layers.
       lora_dropout: rate of the dropout before A, used where `features` gets a dropout key.
+      mesh: where it will run; only a mixture of experts has to know.
 
     Raises:
       ValueError: an unknown remat policy.
@@ -246,63 +331,68 @@ def build(
     """
     if remat not in REMAT:
         raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
-    block = Block(config, lora_dropout)
-    final_norm = RMSNorm(config.norm_eps, config.norm_from_zero)
+    blocks = {mixed: Block(config, lora_dropout, mixed, mesh) for mixed in (False, True)}
+    final_norm = _norm(config)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
+
+    def embed(embedding: Mapping, tokens: Array, positions: Array) -> Array:
+        x = embedding["table"][tokens].astype(dtype)
+        x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
+        return x + embedding["positions"][positions].astype(dtype) if config.learned_positions else x
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
         params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
-        x = params["embed"]["table"][tokens].astype(dtype)
-        x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
-        cos, sin, kind_of = _turns(config, where.positions)
+        x = embed(params["embed"], tokens, where.positions)
         slots = None
         if cache is not None:
             S = cache.k.shape[2]
             slots = Where(jnp.arange(S)[None], jnp.ones((1, S), jnp.int32))
+        turns, kind_of = _turns(config, where, slots)
 
-        def layer(x, inputs):
+        def layer(block: Block, x, inputs):
             weights, window, kind, old, key = inputs
-            angles = (cos[0], sin[0]) if len(cos) == 1 else (cos[kind], sin[kind])
+            turn = jax.tree.map(lambda part: part[0] if len(part) == 1 else part[kind], turns)
             rngs = None if key is None else {"dropout": key}
-            return block.apply(weights, x, angles, where, window, old, slots, rngs=rngs)
+            x, *kept = cast(tuple, block.apply(weights, x, turn, where, window, old, slots, rngs=rngs))
+            return x, kept
 
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[remat])
-        caches = []
+        caches, routings = [], []
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)
-            weights = {"params": stack, "lora": lora[name]} if name in lora else {"params": stack}
-            old = (
-                None
-                if cache is None
-                else Cache(cache.k[layers.start : layers.stop], cache.v[layers.start : layers.stop])
-            )
-            keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
             own = slice(layers.start, layers.stop)
-            x, new = jax.lax.scan(layer, x, (weights, windows[own], kind_of[own], old, keys))
+            weights = {"params": stack, "lora": lora[name]} if name in lora else {"params": stack}
+            old = None if cache is None else Cache(cache.k[own], cache.v[own])
+            keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
+            step = functools.partial(layer, blocks["moe" in stack])
+            step = step if remat == "none" else jax.checkpoint(step, policy=REMAT[remat])
+            x, (new, routing) = jax.lax.scan(step, x, (weights, windows[own], kind_of[own], old, keys))
             caches.append(new)
+            routings += [] if routing is None else [routing]
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))
-        if cache is not None:
-            cache = Cache(*(jnp.concatenate(parts) for parts in zip(*caches, strict=True)))
-        return x, cache
+        join = lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        return x, None if cache is None else join(caches), join(routings) if routings else None
 
-    def features(variables, tokens, positions=None, segments=None, dropout=None):
+    def learn(variables, tokens, positions=None, segments=None, dropout=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
-        return run(variables, tokens, Where(positions, segments), None, dropout)[0]
+        x, _, routing = run(variables, tokens, Where(positions, segments), None, dropout)
+        return x, jnp.float32(0) if routing is None else balance(routing)
+
+    def features(*args, **more):
+        return learn(*args, **more)[0]
 
     def output(variables):
         params = variables["params"]
         return params["embed" if config.tied else "head"]["table"]
 
     def extend(variables, tokens, positions, cache):
-        x, cache = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, None)
+        x, cache, _ = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, None)
         return x, cast(Cache, cache)
 
     def empty(rows: int, slots: int) -> Cache:
         shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return Model(config, functools.partial(_init, config), features, output, extend, empty)
+    return Model(config, functools.partial(_init, config), features, learn, output, extend, empty)

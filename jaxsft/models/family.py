@@ -21,8 +21,18 @@ class Name(NamedTuple):
     """One kind of weight here and in a Hugging Face file, where kernels are [out, in] and layers are apart."""
 
     path: str  # without the stack's name: blocks/attn/q/kernel
-    hf: str  # with {layer} for a stacked one: model.layers.{layer}.self_attn.q_proj.weight
+    hf: str  # with {layer} for a stacked one, {expert} for one of several: model.layers.{layer}.self_attn.q_proj.weight
     transposed: bool = False
+
+    @property
+    def axes(self) -> int:
+        """The first axes of the leaf here that are separate tensors there."""
+        return ("{layer}" in self.hf) + ("{expert}" in self.hf)
+
+
+def dense(here: str, there: str, *, transposed: bool = True) -> tuple[Name, Name]:
+    """The names of a linear layer's kernel and bias."""
+    return Name(f"{here}/kernel", f"{there}.weight", transposed), Name(f"{here}/bias", f"{there}.bias")
 
 
 class Family(NamedTuple):
@@ -33,16 +43,17 @@ class Family(NamedTuple):
 
 # Bookkeeping, training-time and generation-time keys: none changes the logits of a loaded model.
 HARMLESS = frozenset(
-    "_attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map bad_words_ids "
-    "begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id "
-    "diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id "
-    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label "
+    "_attn_implementation _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map "
+    "bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size "
+    "decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size "
+    "eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label "
     "initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length min_length "
     "model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
-    "output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values "
-    "repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params "
-    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript "
-    "transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache".split()
+    "output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type "
+    "remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id "
+    "suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p "
+    "torch_dtype torchscript transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version "
+    "use_bfloat16 use_cache".split()
 )
 
 
@@ -70,6 +81,10 @@ class Reader:
             wanted = " or ".join(map(repr, known))
             raise ValueError(f"config.json sets {key!r} to {value!r}; only {wanted} is supported for this family")
 
+    def skip(self, *keys: str) -> None:
+        """Accepts keys that concern a part of the model we do not have, at any value."""
+        self.used.update(keys)
+
     def finish(self) -> None:
         unknown = sorted(set(self.config) - self.used - HARMLESS)
         if unknown:
@@ -84,11 +99,12 @@ def read_rope(read: Reader, theta: float = 10_000.0) -> Rope:
     """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5); `theta` is the default."""
     given, old, new = read("rope_theta", None), read("rope_scaling", None), read("rope_parameters", None)
     scaling = dict(new or old or {})
-    return to_rope(scaling, scaling.pop("rope_theta", given) or theta)
+    longest = read("max_position_embeddings", 2048)
+    return to_rope(scaling, scaling.pop("rope_theta", given) or theta, longest)
 
 
-def to_rope(scaling: dict[str, Any], theta: float) -> Rope:
-    """A rope of the keys that config.json has for it."""
+def to_rope(scaling: dict[str, Any], theta: float, longest: int = 2048) -> Rope:
+    """A rope of the keys that config.json has for it; `longest` is its max_position_embeddings."""
     kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
     scaling.pop("type", None)
     known = [one for one in KINDS if one != "none"]
@@ -98,14 +114,24 @@ def to_rope(scaling: dict[str, Any], theta: float) -> Rope:
     if kind == "yarn":
         fields |= {"beta_fast", "beta_slow", "attention_factor", "truncate"}
         scaling = {key: value for key, value in scaling.items() if value is not None}
+    if kind == "longrope":
+        fields |= {"short_factor", "long_factor", "attention_factor"}
+        scaling = {key: tuple(value) if isinstance(value, list) else value for key, value in scaling.items()}
+        scaling.setdefault("factor", longest / scaling.get("original_max_position_embeddings", longest))
+    partial = scaling.pop("partial_rotary_factor", None) or 1.0
     if unknown := sorted(set(scaling) - fields):
         raise ValueError(f"config.json's rope settings have keys that are not known: {', '.join(unknown)}")
     if kind != "default" and "factor" not in scaling:
         raise ValueError(f"config.json asks for rope type {kind!r} without its 'factor'")
-    if kind == "yarn" and "original_max_position_embeddings" not in scaling:
-        raise ValueError("config.json asks for rope type 'yarn' without its 'original_max_position_embeddings'")
-    scaling["original_max_position"] = scaling.pop("original_max_position_embeddings", 8192)
-    return Rope(theta=float(theta), kind=kind, **scaling)
+    needs = {"yarn": ["original_max_position_embeddings"]}
+    needs["longrope"] = [*needs["yarn"], "short_factor", "long_factor"]
+    for key in needs.get(kind, ()):
+        if key not in scaling:
+            raise ValueError(f"config.json asks for rope type {kind!r} without its {key!r}")
+    original = scaling.pop("original_max_position_embeddings", 8192)
+    # transformers stretches "dynamic" from max_position_embeddings on, whatever else the config says.
+    scaling["original_max_position"] = longest if kind == "dynamic" else original
+    return Rope(theta=float(theta), kind=kind, partial=float(partial), **scaling)
 
 
 def read_types(read: Reader, default: list[str]) -> list[str]:

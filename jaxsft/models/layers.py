@@ -1,4 +1,4 @@
-"""The layers every family is made of: Dense (with its LoRA path), RMSNorm, the gated MLP.
+"""The layers every family is made of: Dense (with its LoRA path), the norms, the MLPs.
 
 A kernel is always two-dimensional, [in, out], so that LoRA, weight names and sharding rules stay uniform.
 """
@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
 
@@ -66,8 +67,23 @@ class RMSNorm(nn.Module):
         return full.astype(x.dtype) * scale.astype(x.dtype)
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate x) * up x) (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * scale + bias, in float32 (Ba et al. 2016, arXiv:1607.06450, eq. 3)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        full = x.astype(jnp.float32)
+        full = full - jnp.mean(full, axis=-1, keepdims=True)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return (full * scale + bias).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(act(up x)), the two-layer network of Vaswani et al. 2017, arXiv:1706.03762, eq. 2."""
 
     hidden: int
     activation: str
@@ -77,7 +93,29 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = Dense(self.hidden, self.use_bias, self.lora_dropout, name="gate")(x)
-        up = Dense(self.hidden, self.use_bias, self.lora_dropout, name="up")(x)
+        up = ACTIVATIONS[self.activation](Dense(self.hidden, self.use_bias, self.lora_dropout, name="up")(x))
+        return Dense(x.shape[-1], self.use_bias, self.lora_dropout, self.out_init, name="down")(up)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate x) * up x) (Shazeer 2020, arXiv:2002.05202, eq. 6).
+
+    `fused`: gate and up are one kernel [D, 2 hidden], "gate_up", as in Phi 3's checkpoints.
+    """
+
+    hidden: int
+    activation: str
+    use_bias: bool
+    lora_dropout: float
+    out_init: Callable
+    fused: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dense = lambda name, width: Dense(width, self.use_bias, self.lora_dropout, name=name)(x)
+        if self.fused:
+            gate, up = jnp.split(dense("gate_up", 2 * self.hidden), 2, axis=-1)
+        else:
+            gate, up = dense("gate", self.hidden), dense("up", self.hidden)
         act = ACTIVATIONS[self.activation]
         return Dense(x.shape[-1], self.use_bias, self.lora_dropout, self.out_init, name="down")(act(gate) * up)

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jaxsft.models.decoder import DecoderConfig
-from jaxsft.models.family import Family, Name, Reader, Rules, read_shape
+from jaxsft.models.family import Family, Name, Reader, Rules, dense, read_shape
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -22,27 +22,20 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return dataclasses.replace(shape, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 
-def _dense(here: str, there: str) -> tuple[Name, Name]:
-    prefix = "model.layers.{layer}."
-    return (
-        Name(f"blocks/{here}/kernel", f"{prefix}{there}.weight", transposed=True),
-        Name(f"blocks/{here}/bias", f"{prefix}{there}.bias"),
-    )
-
-
+LAYER = "model.layers.{layer}"
 NAMES: tuple[Name, ...] = (
     Name("embed/table", "model.embed_tokens.weight"),
-    *_dense("attn/q", "self_attn.q_proj"),
-    *_dense("attn/k", "self_attn.k_proj"),
-    *_dense("attn/v", "self_attn.v_proj"),
-    *_dense("attn/o", "self_attn.o_proj"),
-    *_dense("mlp/gate", "mlp.gate_proj"),
-    *_dense("mlp/up", "mlp.up_proj"),
-    *_dense("mlp/down", "mlp.down_proj"),
-    Name("blocks/attn/q_norm/scale", "model.layers.{layer}.self_attn.q_norm.weight"),
-    Name("blocks/attn/k_norm/scale", "model.layers.{layer}.self_attn.k_norm.weight"),
-    Name("blocks/attn_norm/scale", "model.layers.{layer}.input_layernorm.weight"),
-    Name("blocks/mlp_norm/scale", "model.layers.{layer}.post_attention_layernorm.weight"),
+    *dense("blocks/attn/q", f"{LAYER}.self_attn.q_proj"),
+    *dense("blocks/attn/k", f"{LAYER}.self_attn.k_proj"),
+    *dense("blocks/attn/v", f"{LAYER}.self_attn.v_proj"),
+    *dense("blocks/attn/o", f"{LAYER}.self_attn.o_proj"),
+    *dense("blocks/mlp/gate", f"{LAYER}.mlp.gate_proj"),
+    *dense("blocks/mlp/up", f"{LAYER}.mlp.up_proj"),
+    *dense("blocks/mlp/down", f"{LAYER}.mlp.down_proj"),
+    Name("blocks/attn/q_norm/scale", f"{LAYER}.self_attn.q_norm.weight"),
+    Name("blocks/attn/k_norm/scale", f"{LAYER}.self_attn.k_norm.weight"),
+    Name("blocks/attn_norm/scale", f"{LAYER}.input_layernorm.weight"),
+    Name("blocks/mlp_norm/scale", f"{LAYER}.post_attention_layernorm.weight"),
     Name("norm/scale", "model.norm.weight"),
     Name("head/table", "lm_head.weight"),
 )
@@ -50,12 +43,13 @@ NAMES: tuple[Name, ...] = (
 # The first axis of a stacked leaf is the layer. `tensor` cuts heads and the hidden units of the MLP, `fsdp` the rest.
 RULES: Rules = (
     ("(embed|head)/table", P("tensor", "fsdp")),
-    ("blocks/[^/]+/(attn/[qkv]|mlp/(gate|up))/kernel", P(None, "fsdp", "tensor")),
+    ("blocks/[^/]+/(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up))/kernel", P(None, "fsdp", "tensor")),
     ("blocks/[^/]+/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
-    ("blocks/[^/]+/(attn/[qkv]|mlp/(gate|up))/bias", P(None, "tensor")),
+    ("blocks/[^/]+/(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up))/bias", P(None, "tensor")),
     ("blocks/[^/]+/(attn/o|mlp/down)/bias", P(None, None)),
-    ("blocks/[^/]+/(attn/[qk]_norm|(attn|mlp)(_post)?_norm)/scale", P(None, None)),
-    ("norm/scale", P(None)),
+    ("blocks/[^/]+/(attn/[qk]_norm|(attn|mlp)(_post)?_norm)/(scale|bias)", P(None, None)),
+    ("norm/(scale|bias)", P(None)),
+    ("embed/positions", P(None, "fsdp")),
 )
 
 FAMILY = Family(read_config, NAMES, RULES)

@@ -22,11 +22,25 @@ SMALL = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+OWN = {
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"shared_expert_intermediate_size": 40, **MOE},
+    "qwen3_moe": {"mlp_only_layers": [0], **MOE},
+}
+NO_HEAD_DIM = {"phi3"}
 family = pytest.mark.parametrize("kind", FAMILIES)
 
 
 def config_of(kind: str, **more):
-    return FAMILIES[kind].read_config({"model_type": kind, **SMALL, **more})
+    shape = (
+        GPT2
+        if kind == "gpt2"
+        else {key: value for key, value in SMALL.items() if key != "head_dim" or kind not in NO_HEAD_DIM}
+    )
+    return FAMILIES[kind].read_config({"model_type": kind, **shape, **OWN.get(kind, {}), **more})
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +64,15 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
         placed = tree.flat(sharding.shardings(shapes, FAMILIES[kind].rules, mesh))
         found = []
         for path, leaf in tree.flat(shapes).items():
-            here, transposed = names.leaf_names(FAMILIES[kind], path)
-            assert len(here) == (leaf.shape[0] if path.startswith("blocks/") else 1)
-            assert transposed == path.endswith("/kernel")
+            here, transposed = names.leaf_names(FAMILIES[kind], path, leaf.shape)
+            assert here.shape == leaf.shape[: here.ndim]
+            assert (here.ndim > 0) == path.startswith("blocks/")
+            assert transposed <= path.endswith("/kernel")
             assert len(placed[path].spec) == len(leaf.shape)
-            found += here
+            found += here.flat
         assert len(found) == len(set(found))
         assert any("tensor" in placed[p].spec for p in placed)
-        assert ("lm_head.weight" in found) != tied
+        assert (names.name_of(FAMILIES[kind], "head/table").hf in found) != tied
 
 
 @family
@@ -66,7 +81,8 @@ def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     adapter = lora.init(jax.random.key(1), params, lora.LoRA(rank=2))
     placed = sharding.shardings(adapter, lora.rules(FAMILIES[kind].rules), sharding.mesh(2, 2, 2))
     assert tree.flat(placed).keys() == tree.flat(adapter).keys()
-    kernels = [path for path in tree.flat(params) if path.endswith("/kernel")]
+    kernels = [path for path in tree.flat(params) if path.endswith("/kernel") and "/router" not in path]
+    kernels = [path for path in kernels if not path.endswith("shared_gate/kernel")]
     assert len(tree.flat(adapter)) == 3 * len(kernels)
     noisy = jax.tree.map(lambda x: x + 0.1, adapter)  # B = 0 would give A no gradient
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)

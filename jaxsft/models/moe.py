@@ -1,0 +1,205 @@
+"""The mixture of experts: a router sends each token to a few of many MLPs, and weighs what they answer.
+
+Tokens are sorted by expert, so that each expert meets its own in one piece, and `jax.lax.ragged_dot` multiplies all
+pieces with their kernels. No token is dropped and none is padded.
+
+Kernels have an expert axis in front, [E, in, out]. On a mesh the axis "tensor" shares the experts out: each device
+routes its own tokens, computes what its own experts say of them, and the answers are summed over that axis.
+Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1 to 5; Jiang et al. 2024, arXiv:2401.04088, section 2.1.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP
+
+ROWS, EXPERTS = ("data", "fsdp"), "tensor"  # the mesh axes that share out tokens and experts
+
+
+@dataclass(frozen=True)
+class MoE:
+    """The numbers that make a mixture."""
+
+    experts: int
+    active: int  # experts that a token meets
+    hidden: int  # units of each expert
+    normalised: bool = True  # the weights of a token's experts sum to 1
+    shared: int = 0  # units of the MLP that every token meets besides (Qwen 2)
+    dense: tuple[int, ...] = ()  # layers that have a plain MLP instead
+    balance: float = 0.0  # coefficient of the load-balancing loss in training
+    kind: Literal["gated", "clamped"] = "gated"  # clamped: gpt-oss's, with biases, gate and up interleaved in a kernel
+    limit: float = 7.0  # clamped only: the largest gate and up
+    alpha: float = 1.702  # clamped only: the gain in the sigmoid
+
+
+class Routing(NamedTuple):
+    """How a layer's tokens spread over its experts."""
+
+    load: Float[Array, "E"]  # choices that fall on each expert, a token; they sum to `active`
+    share: Float[Array, "E"]  # the mean probability that the router gives each
+
+
+def balance(routing: Routing) -> Float[Array, ""]:
+    """E sum_e load_e share_e: `active` where tokens spread evenly over the experts, more where they crowd.
+
+    Args:
+      routing: with layers in front, [L, E]; they are averaged before the product, as transformers does.
+
+    Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4 to 6.
+
+    Example:
+      >>> even = jnp.full((2, 4), 0.25)
+      >>> float(balance(Routing(even, even)))
+      1.0
+    """
+    load, share = routing
+    return load.shape[-1] * jnp.sum(load.mean(axis=0) * share.mean(axis=0))
+
+
+class Bank(nn.Module):
+    """The leaves of one product of all experts, kernel and bias and whatever the adapter has for it."""
+
+    experts: int
+    width: int
+    features: int
+    use_bias: bool
+    init: Callable
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        leaves = {"kernel": self.param("kernel", self.init, (self.experts, self.width, self.features))}
+        if self.use_bias:
+            leaves["bias"] = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
+        return leaves | dict(self.variables.get("lora", {}))
+
+
+def _product(x: Float[Array, "M I"], bank: Mapping[str, Array], sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+    """x W_e + bias_e + scale_e (x A_e) B_e for the rows of each expert e, which lie in order and number sizes[e]."""
+    leaf = lambda name: bank[name].astype(x.dtype)
+    y = jax.lax.ragged_dot(x, leaf("kernel"), sizes)
+    if "bias" in bank:
+        y = y + jnp.repeat(leaf("bias"), sizes, axis=0, total_repeat_length=x.shape[0])
+    if "a" in bank:
+        low = jax.lax.ragged_dot(x, leaf("a") * leaf("scale")[:, None, None], sizes)
+        y = y + jax.lax.ragged_dot(low, leaf("b"), sizes)
+    return y
+
+
+def mixture(
+    x: Float[Array, "N D"],
+    chosen: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    banks: Mapping[str, Mapping[str, Array]],
+    act: Callable[[Mapping[str, Array]], Array],
+    first: Int[Array, ""] | int = 0,
+) -> Float[Array, "N D"]:
+    """sum_k weights[k] expert_chosen[k](x), over the experts that `banks` has: `first` and those after it.
+
+    Args:
+      x: tokens.
+      chosen: the experts of each.
+      weights: of each one's answer.
+      banks: the leaves of `Bank` by the product's name; all but "down" read the token.
+      act: {name: result of a product of the token} -> what "down" reads.
+      first: the number of the first expert here; the answers of experts elsewhere count as 0.
+    """
+    N, K = chosen.shape
+    E = banks["down"]["kernel"].shape[0]
+    here = chosen.reshape(-1) - first
+    here = jnp.where((here >= 0) & (here < E), here, E)  # what is elsewhere sorts behind
+    order = jnp.argsort(here, stable=True)
+    sizes = jnp.bincount(here, length=E).astype(jnp.int32)  # leaves the E-th out
+    rows = x[order // K]
+    hidden = act({name: _product(rows, bank, sizes) for name, bank in banks.items() if name != "down"})
+    y = _product(hidden, banks["down"], sizes)
+    y = jnp.where((jnp.arange(N * K) < sizes.sum())[:, None], y, 0)
+    y = y.astype(jnp.float32) * weights.reshape(-1)[order][:, None].astype(jnp.float32)
+    back = jnp.argsort(order)
+    return y[back].reshape(N, K, -1).sum(axis=1).astype(x.dtype)
+
+
+class Experts(nn.Module):
+    """The banks of a mixture, by name; widths are {name: (in, out)}."""
+
+    experts: int
+    widths: Mapping[str, tuple[int, int]]
+    use_bias: bool
+    out_init: Callable
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, Array]]:
+        usual = nn.initializers.normal(0.02)
+        start = lambda name: self.out_init if name == "down" else usual
+        bank = lambda name, width, features: Bank(
+            self.experts, width, features, self.use_bias, start(name), name=name
+        )()
+        return {name: bank(name, *sizes) for name, sizes in self.widths.items()}
+
+
+class Mixture(nn.Module):
+    """A block's mixture of experts, shared out over the devices of `mesh` where there are several."""
+
+    config: MoE
+    activation: str
+    lora_dropout: float
+    out_init: Callable
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], Routing]:
+        c, (B, T, D) = self.config, x.shape
+        clamped = c.kind == "clamped"
+        tokens = x.reshape(B * T, D)
+        scores = Dense(c.experts, clamped, self.lora_dropout, name="router")(x).reshape(B * T, -1).astype(jnp.float32)
+        odds = jax.nn.softmax(scores, axis=-1)
+        weights, chosen = jax.lax.top_k(scores if clamped else odds, c.active)
+        if clamped:
+            weights = jax.nn.softmax(weights, axis=-1)
+        elif c.normalised:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        into = {"gate_up": (D, 2 * c.hidden)} if clamped else {"gate": (D, c.hidden), "up": (D, c.hidden)}
+        banks = Experts(c.experts, {**into, "down": (c.hidden, D)}, clamped, self.out_init, name="experts")()
+        y = _spread(self.mesh, tokens, chosen, weights, banks, self._act()).reshape(x.shape)
+        if c.shared:
+            mlp = GatedMLP(c.shared, self.activation, False, self.lora_dropout, self.out_init, name="shared")
+            y = y + jax.nn.sigmoid(Dense(1, False, self.lora_dropout, name="shared_gate")(x)) * mlp(x)
+        counts = real.reshape(-1, 1) / jnp.maximum(real.sum(), 1)
+        load = jax.nn.one_hot(chosen, c.experts).sum(axis=1)
+        return y, Routing((load * counts).sum(axis=0), (odds * counts).sum(axis=0))
+
+    def _act(self) -> Callable[[Mapping[str, Array]], Array]:
+        c, act = self.config, ACTIVATIONS[self.activation]
+        if c.kind == "gated":
+            return lambda results: act(results["gate"]) * results["up"]
+
+        def clamped(results):
+            gate, up = results["gate_up"][..., ::2], results["gate_up"][..., 1::2]
+            gate, up = jnp.minimum(gate, c.limit), jnp.clip(up, -c.limit, c.limit)
+            return (up + 1) * gate * jax.nn.sigmoid(c.alpha * gate)
+
+        return clamped
+
+
+def _spread(mesh: Mesh | None, x: Array, chosen: Array, weights: Array, banks: Any, act: Callable) -> Array:
+    """`mixture` with tokens shared out over `ROWS` and experts over `EXPERTS`, as far as the numbers divide."""
+    if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in ROWS):
+        return mixture(x, chosen, weights, banks, act)
+    cut = EXPERTS if banks["down"]["kernel"].shape[0] % mesh.shape[EXPERTS] == 0 else None
+
+    def own(x, chosen, weights, banks):
+        if cut is None:
+            return mixture(x, chosen, weights, banks, act)
+        first = jax.lax.axis_index(EXPERTS) * banks["down"]["kernel"].shape[0]
+        return jax.lax.psum(mixture(x, chosen, weights, banks, act, first), EXPERTS)
+
+    rows = PartitionSpec(ROWS, None)
+    spec = jax.tree.map(lambda leaf: PartitionSpec(cut, *[None] * (leaf.ndim - 1)), banks)
+    return jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, rows, spec), out_specs=rows)(x, chosen, weights, banks)
