@@ -149,6 +149,8 @@ def read_types(read: Reader, default: list[str]) -> list[str]:
 def read_shape(read: Reader, rope: Rope | None = None, *, tied: bool = False) -> DecoderConfig:
     """Reads the keys that every Llama-shaped config has; `rope` is given where a family reads its own."""
     hidden, heads = read("hidden_size"), read("num_attention_heads")
+    rope = read_rope(read) if rope is None else rope
+    longest = read("max_position_embeddings", 2048)
     return DecoderConfig(
         vocab_size=read("vocab_size"),
         hidden=hidden,
@@ -157,8 +159,8 @@ def read_shape(read: Reader, rope: Rope | None = None, *, tied: bool = False) ->
         heads=heads,
         kv_heads=read("num_key_value_heads", heads),
         head_dim=read("head_dim", hidden // heads),
-        max_position=read("max_position_embeddings", 2048),
-        rope=read_rope(read) if rope is None else rope,
+        max_position=int(longest * rope.factor) if rope.kind == "dynamic" else longest,
+        rope=rope,
         norm_eps=read("rms_norm_eps", 1e-6),
         activation=read("hidden_act", "silu"),
         tied=read("tie_word_embeddings", tied),

@@ -198,6 +198,8 @@ def _spread(mesh: Mesh | None, x: Array, chosen: Array, weights: Array, banks: A
         if cut is None:
             return mixture(x, chosen, weights, banks, act)
         first = jax.lax.axis_index(EXPERTS) * banks["down"]["kernel"].shape[0]
+        # Each device's experts pull on the same tokens: said here, or the gradients of those are not summed.
+        x, weights = (jax.lax.pcast(part, EXPERTS, to="varying") for part in (x, weights))
         return jax.lax.psum(mixture(x, chosen, weights, banks, act, first), EXPERTS)
 
     rows = PartitionSpec(ROWS, None)

@@ -22,9 +22,8 @@ def _rope(read: Reader) -> Rope:
     longest = read("max_position_embeddings", 4096)
     original = read("original_max_position_embeddings", longest)
     kind = scaling.get("rope_type") or scaling.get("type")
-    if kind in ("su", "yarn"):
+    if kind in ("su", "yarn", "longrope"):
         scaling["rope_type"] = "longrope"
-    if kind not in (None, "default"):
         scaling.setdefault("original_max_position_embeddings", original)
     scaling.setdefault("partial_rotary_factor", partial)
     return to_rope(scaling, scaling.pop("rope_theta", theta), longest)

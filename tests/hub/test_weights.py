@@ -440,9 +440,9 @@ def test_no_host_holds_the_model_twice(tmp_path):
     family, shape = hub.read_config(folder)
     tensors, shapes = {}, tree.flat(hub.shapes(shape))
     for path, leaf in shapes.items():
-        here, transposed = names.leaf_names(family, path)
-        size = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
-        tensors |= {name: np.full(size[::-1] if transposed else size, 0.01, np.float32) for name in here}
+        here, transposed = names.leaf_names(family, path, leaf.shape)
+        size = leaf.shape[here.ndim :]
+        tensors |= {name: np.full(size[::-1] if transposed else size, 0.01, np.float32) for name in here.flat}
     save_file(tensors, folder / "model.safetensors")
     total = sum(x.nbytes for x in tensors.values())
     command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "merged")]

@@ -131,3 +131,16 @@ def test_the_softmax_is_float32_whatever_the_heads_are():
     out = FORMS(q, k, v, ROWS, ROWS, ordered=True)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), plain(q, k, v, seen(ROWS, ROWS, 99)), atol=0.02)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_sink_takes_the_weight_of_a_key_that_has_no_value(ordered):
+    q, k, v = heads(9, 9, 4, K=2)
+    sinks = jnp.array([-1.0, 0.0, 2.0, 30.0])
+    found = attend(q, k, v, ROWS, ROWS, sinks=sinks, ordered=ordered)
+    mask = seen(ROWS, ROWS, NO_WINDOW)
+    without = plain(q, k, v, mask)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        scores = np.asarray(k, np.float64)[b, mask[b, t], n // 2] @ np.asarray(q, np.float64)[b, t, n] / 2
+        share = np.exp(scores).sum() / (np.exp(scores).sum() + np.exp(float(sinks[n])))
+        np.testing.assert_allclose(found[b, t, n], share * without[b, t, n], atol=1e-5)

@@ -19,10 +19,14 @@ SHAPE = {
 }
 # What the families that are not Llama in other clothes have on their own.
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-QK_NORM = {"qwen3": "head", "gemma3_text": "head", "olmo2": "all"}
-HEAD_DIM = {"qwen3": 128} | dict.fromkeys(GEMMAS, 256)
-THETA = {"smollm3": 2_000_000.0, "gemma3_text": 1_000_000.0}
-WINDOWS = {"gemma2": (4096, None, 4096, None), "gemma3_text": (4096,) * 4}
+QK_NORM = {"qwen3": "head", "qwen3_moe": "head", "gemma3_text": "head", "olmo2": "all"}
+HEAD_DIM = {"qwen3": 128, "gpt_oss": 64} | dict.fromkeys(GEMMAS, 256)
+THETA = {"smollm3": 2_000_000.0, "mixtral": 1_000_000.0, "gemma3_text": 1_000_000.0}
+EPS = dict.fromkeys(("olmo2", "mixtral", "phi3", "gpt_oss"), 1e-5)
+BIASED = ("qwen2", "qwen2_moe", "gpt_oss")
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+YARN = Rope(150_000.0, "yarn", 32.0, original_max_position=4096, truncate=False)
+WINDOWS = {"gpt_oss": (128, None, 128, None), "gemma2": (4096, None, 4096, None), "gemma3_text": (4096,) * 4}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6}
 QWENS = ["qwen2", "qwen3"]
 
@@ -31,32 +35,34 @@ def read(family, **keys):
     return FAMILIES[family].read_config({**SHAPE, "model_type": family, **keys})
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[kind for kind in FAMILIES if kind != "gpt2"])
 def family(request):
     return request.param
 
 
 def test_a_config_reads_into_the_shape_it_describes(family):
-    more = {"sliding_window": None} if family in ("mistral", *WINDOWS) else {}
+    more: dict = {"sliding_window": None} if family in ("mistral", *WINDOWS) else {}
     found = read(family, head_dim=16, tie_word_embeddings=True, hidden_act="relu", **more)
     expected = (96, 32, 48, 4, 4, 2, 16, 256)
     assert dataclasses.astuple(found)[:8] == expected
     assert (found.norm_eps, found.tied, found.activation) == (1e-5, True, "relu")
-    assert (found.qkv_bias, found.qk_norm) == (family == "qwen2", QK_NORM.get(family, ""))
+    assert (found.qkv_bias, found.qk_norm) == (family in BIASED, QK_NORM.get(family, ""))
     assert (found.pre_norm, found.post_norm) == (family != "olmo2", family in ("gemma2", "gemma3_text", "olmo2"))
     assert found.norm_from_zero == (family in GEMMAS)
     assert found.embed_scale == (32**0.5 if family in GEMMAS else 1)
     assert found.windows is None
+    assert (found.moe is not None) == (family in MOE)
+    assert (found.fused, found.sinks) == (family == "phi3", family == "gpt_oss")
 
 
 def test_keys_that_a_config_leaves_out_take_the_familys_defaults(family):
     sparse = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "hidden_act", "rms_norm_eps")}
     found = FAMILIES[family].read_config({**sparse, "model_type": family})
     activation = "gelu_pytorch_tanh" if family in GEMMAS else "silu"
-    eps = 1e-5 if family == "olmo2" else 1e-6
+    eps = EPS.get(family, 1e-6)
     assert (found.kv_heads, found.activation, found.norm_eps) == (4, activation, eps)
     assert found.head_dim == HEAD_DIM.get(family, 8)
-    assert found.rope == Rope(theta=THETA.get(family, 10_000.0))
+    assert found.rope == (YARN if family == "gpt_oss" else Rope(theta=THETA.get(family, 10_000.0)))
     assert found.tied == (family in (*GEMMAS, "smollm3"))
     assert found.windows == WINDOWS.get(family, (4096,) * 4 if family == "mistral" else None)
 
@@ -122,6 +128,7 @@ def test_a_known_model_type_gives_its_family(family):
 )
 def test_rope_settings_of_transformers_4_and_5_agree(family, old, new):
     nested = {"full_attention": new} if family == "gemma3_text" else new
+    old = {"rope_scaling": {"type": "default"}, **old}  # what gpt-oss does without any is yarn
     first, second = read(family, **old).rope, read(family, rope_parameters=nested).rope
     assert first == second
     assert first.theta == old["rope_theta"]
@@ -129,12 +136,14 @@ def test_rope_settings_of_transformers_4_and_5_agree(family, old, new):
     assert first.original_max_position == new.get("original_max_position_embeddings", 8192)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "none", "longrope"])
+@pytest.mark.parametrize("kind", ["ntk", "none"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_an_unknown_rope_type_is_refused(family, kind, key):
     scaling = {"rope_type": kind, "factor": 2.0}
     nested = {"full_attention": scaling} if (family, key) == ("gemma3_text", "rope_parameters") else scaling
-    with pytest.raises(ValueError, match=f"asks for rope type '{kind}'; known are default, linear, llama3, yarn"):
+    with pytest.raises(
+        ValueError, match=f"asks for rope type '{kind}'; known are default, linear, llama3, yarn, dynamic"
+    ):
         read(family, **{key: nested})
 
 
@@ -145,6 +154,51 @@ def test_yarn_is_read_with_all_it_needs():
     del scaling["original_max_position_embeddings"]
     with pytest.raises(ValueError, match="rope type 'yarn' without its 'original_max_position_embeddings'"):
         read("llama", rope_scaling=scaling)
+
+
+def test_dynamic_stretches_from_the_longest_position_on_and_reads_further():
+    found = read("llama", rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert (found.rope.kind, found.rope.original_max_position, found.max_position) == ("dynamic", 256, 1024)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_of_phi_3_takes_its_original_length_from_beside_the_rope(kind):
+    scaling = {"type": kind, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    found = read("phi3", rope_scaling=scaling, original_max_position_embeddings=64, partial_rotary_factor=0.75).rope
+    assert (found.kind, found.original_max_position, found.factor) == ("longrope", 64, 4.0)
+    assert (found.short_factor, found.long_factor, found.partial) == ((1.0,) * 4, (2.0,) * 4, 0.75)
+    del scaling["long_factor"]
+    with pytest.raises(ValueError, match="'longrope' without its 'long_factor'"):
+        read("phi3", rope_scaling=scaling)
+
+
+def test_the_mixtures_read_their_experts():
+    keys = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "router_aux_loss_coef": 0.5}
+    two = read("qwen2_moe", shared_expert_intermediate_size=40, **keys).moe
+    assert (two.experts, two.active, two.hidden, two.shared, two.normalised, two.balance) == (6, 3, 20, 40, False, 0.5)
+    three = read("qwen3_moe", decoder_sparse_step=2, norm_topk_prob=True, **keys).moe
+    assert (three.dense, three.normalised, three.shared) == ((0, 2), True, 0)
+    eight = read("mixtral").moe
+    assert (eight.experts, eight.active, eight.hidden, eight.normalised) == (8, 2, 48, True)
+    with pytest.raises(ValueError, match="sets 'router_jitter_noise' to 0.1"):
+        read("mixtral", router_jitter_noise=0.1)
+
+
+def test_gpt_2_reads_its_own_names():
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "vocab_size": 96}
+    read = FAMILIES["gpt2"].read_config
+    found = read({"model_type": "gpt2", **sizes, "attn_pdrop": 0.1, "summary_type": "cls_index"})
+    assert dataclasses.astuple(found)[:8] == (96, 32, 128, 3, 4, 4, 8, 64)
+    assert (found.norm, found.gated, found.fused, found.learned_positions, found.tied) == (
+        "layer",
+        False,
+        True,
+        True,
+        True,
+    )
+    assert (found.rope.kind, found.activation) == ("none", "gelu_new")
+    with pytest.raises(ValueError, match="sets 'scale_attn_by_inverse_layer_idx' to True"):
+        read({"model_type": "gpt2", **sizes, "scale_attn_by_inverse_layer_idx": True})
 
 
 def test_gemma_2_and_3_have_their_own_scales_caps_windows_and_ropes():
@@ -230,7 +284,8 @@ def test_every_familys_names_are_distinct_and_stacked_where_they_have_a_layer(fa
     assert len({n.path for n in names}) == len({n.hf for n in names}) == len(names)
     for name in names:
         assert name.path.startswith("blocks/") == ("{layer}" in name.hf)
-        assert name.transposed == name.path.endswith("/kernel")
+        fused = family == "gpt_oss" and "/experts/" in name.path
+        assert name.transposed == (name.path.endswith("/kernel") and not fused)
 
 
 def test_the_registry_is_what_the_models_module_lists():

@@ -81,8 +81,36 @@ def test_a_layer_without_rope_leaves_heads_as_they_are():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="rope type 'dynamic' is not known; known are default, linear, llama3"):
-        rope.frequencies(Rope(kind="dynamic"), 8)
+    with pytest.raises(ValueError, match="rope type 'ntk' is not known; known are default, linear, llama3"):
+        rope.frequencies(Rope(kind="ntk"), 8)
+
+
+def test_dynamic_frequencies_grow_with_the_length_beyond_the_original():
+    """One at a time, after transformers' `rope_type: dynamic`."""
+    given = Rope(10_000.0, "dynamic", factor=4.0, original_max_position=32)
+    lengths = [1, 32, 33, 64, 500]
+    found = rope.stretched(given, 16, jnp.array([lengths]))[0]
+    for length, row in zip(lengths, found, strict=True):
+        theta = 10_000.0 * (4.0 * max(length, 32) / 32 - 3.0) ** (16 / 14)
+        np.testing.assert_allclose(row, [theta ** (-i / 16) for i in range(0, 16, 2)], rtol=2e-6)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_longrope_has_one_set_of_factors_up_to_the_original_length_and_one_beyond():
+    short, long = (1.0, 1.5, 2.0, 2.5), (1.0, 3.0, 9.0, 27.0)
+    given = Rope(10_000.0, "longrope", 8.0, original_max_position=32, short_factor=short, long_factor=long)
+    found = rope.stretched(given, 8, jnp.array([[32, 33]]))[0]
+    for factors, row in zip((short, long), found, strict=True):
+        np.testing.assert_allclose(row, transformers_frequencies(10_000.0, 8) / np.array(factors), rtol=1e-6)
+    assert rope.amplitude(given) == pytest.approx(math.sqrt(1 + math.log(8) / math.log(32)))
+
+
+def test_features_beyond_the_partial_share_stay_as_they_are():
+    x = np.random.default_rng(2).normal(size=(3, 16)).astype(np.float32)
+    inverse = rope.frequencies(Rope(partial=0.5), 16)
+    found = turn(x, [3, 9, 40], inverse)
+    np.testing.assert_array_equal(found[:, 8:], x[:, 8:])
+    np.testing.assert_array_equal(found[:, :8], turn(x[:, :8], [3, 9, 40], rope.frequencies(Rope(), 8)))
 
 
 def test_the_rotation_turns_feature_i_with_feature_i_plus_half():

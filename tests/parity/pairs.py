@@ -25,6 +25,7 @@ torch.set_num_threads(1)  # the models are tiny and the cores few
 # 1.2e-4 after 160 tokens in the worst case; with its frequencies in our decoder a fifth of that was left.
 SIZE = 0.15
 VOCAB = 96
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -34,9 +35,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
+    **dict.fromkeys(IDS),
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -66,6 +65,15 @@ GRANITE = {
     "residual_multiplier": 0.6,
     "logits_scaling": 0.7,
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+}
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 512, **dict.fromkeys(IDS)}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
 MIXED = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_hidden_layers": 4}
 
@@ -117,7 +125,49 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3Config",
         {"no_rope_layers": [0, 1, 1], "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     ),
+    "llama-rope-dynamic": ("LlamaConfig", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+    "phi3-untied": ("Phi3Config", {}),
+    "phi3-window-tied": ("Phi3Config", {"sliding_window": 11, "tie_word_embeddings": True}),
+    "phi3-longrope": ("Phi3Config", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "phi3-partial": ("Phi3Config", {"rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.67}}),
+    "gpt2-tied": ("GPT2Config", {}),
+    "gpt2-untied-inner": ("GPT2Config", {"n_inner": 100, "tie_word_embeddings": False}),
+    "gpt2-unscaled": ("GPT2Config", {"scale_attn_weights": False, "activation_function": "gelu"}),
+    "mixtral-untied": ("MixtralConfig", {"num_local_experts": 4}),
+    "mixtral-window": ("MixtralConfig", {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 11}),
+    "mixtral-tied-one": (
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "qwen2-moe": ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 56}),
+    "qwen2-moe-some-dense": (
+        "Qwen2MoeConfig",
+        {**MOE, "shared_expert_intermediate_size": 56, "mlp_only_layers": [0], "norm_topk_prob": True},
+    ),
+    "qwen2-moe-windows-no-bias": (
+        "Qwen2MoeConfig",
+        {**MOE, "shared_expert_intermediate_size": 56, "qkv_bias": False, **MIXED, "max_window_layers": 3},
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "norm_topk_prob": True, "head_dim": 16}),
+    "qwen3-moe-every-second": ("Qwen3MoeConfig", {**MOE, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen3-moe-tied-biases": ("Qwen3MoeConfig", {**MOE, "tie_word_embeddings": True, "attention_bias": True}),
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16, "sliding_window": 11}),
+    "gpt-oss-one-expert-tied": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "gpt-oss-no-bias": (
+        "GptOssConfig",
+        {"num_local_experts": 6, "head_dim": 16, "attention_bias": False, "swiglu_limit": 0.5, "layer_types": LOCAL},
+    ),
 }
+
+
+# Where frequencies follow the length. transformers takes the longest row of a batch, and "dynamic" remembers earlier
+# ones; we take each document's own: only a document alone, in a model that has read nothing, can be compared. The
+# numbers are prompt lengths whose continuation of 64 tokens keeps its frequencies: where they change, what is cached
+# was made by the old ones, here and there, in different ways.
+BY_LENGTH = {"llama-rope-dynamic": [1], "phi3-longrope": [1, 70]}
 
 
 class Pair(NamedTuple):
@@ -138,14 +188,15 @@ class Pair(NamedTuple):
 def make(name: str, folder: Path) -> Pair:
     """Makes a random torch model, saves it, and loads it here."""
     kind, options = CASES[name]
-    config = getattr(transformers, kind)(**{**SHAPE, **options})
+    config = getattr(transformers, kind)(**{**(GPT2 if kind == "GPT2Config" else SHAPE), **options})
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     center = 0 if kind.startswith("Gemma") else 1  # what a norm's weight is at scale 1
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():
         for path, weight in theirs.named_parameters():  # also the biases and norms, which would start at 0 and 1
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(center + 0.3 * noise if "norm" in path else SIZE * noise)
+            scales = "norm" in path or (".ln_" in path and "bias" not in path)
+            weight.copy_(center + 0.3 * noise if scales else SIZE * noise)
     theirs.save_pretrained(folder)
     model, params = hub.load(str(folder))
     return Pair(name, folder, theirs, model, params, models.FAMILIES[config.model_type])
@@ -207,6 +258,11 @@ def load_torch(folder: Path | str, dtype: str = "auto") -> Any:
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def alone(pair: Pair, document: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of one document in torch, float32."""
+    return theirs(load_torch(pair.folder) if pair.name in BY_LENGTH else pair.theirs, document[None])[0]
 
 
 def random_adapter(key: jax.Array, adapter: Tree, size: float) -> Tree:
