@@ -22,11 +22,11 @@ def save(folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, co
     Returns:
       {"adapter": folder, "merged": folder}, those written.
     """
-    written, family = {}, hub.read_config(hub.resolve(base))[0]
+    written, (family, shape) = {}, hub.read_config(hub.resolve(base))
     adapter = lora.with_scale(trained["lora"], plan.lora) if plan.lora else None
     if adapter is not None and plan.lora and config.adapter:
         written["adapter"] = folder / "adapter"
-        hub.export_adapter(str(written["adapter"]), adapter, plan.lora, family=family, base=base)
+        hub.export_adapter(str(written["adapter"]), adapter, plan.lora, family=family, base=base, config=shape)
         hub.save_template(written["adapter"], tokenizer)
     if config.merged:
         written["merged"] = folder / "merged"

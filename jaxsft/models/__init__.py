@@ -1,13 +1,33 @@
-"""Models: one decoder, and a thin family file for each kind of checkpoint."""
+"""Models: one decoder and one encoder, and a thin family file for each kind of checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models import gemma, gemma2, gemma3, granite, llama, mistral, olmo2, qwen2, qwen3, smollm3
-from jaxsft.models.decoder import Cache, DecoderConfig, Model, build, logits, span, split
-from jaxsft.models.family import Family, Name
+import jax
+import jax.numpy as jnp
+
+from jaxsft.models import (
+    bert,
+    decoder,
+    encoder,
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    qwen2,
+    qwen3,
+    roberta,
+    smollm3,
+)
+from jaxsft.models.decoder import Cache, DecoderConfig, Model, logits, span, split
+from jaxsft.models.encoder import EncoderConfig
+from jaxsft.models.family import Family, ModelConfig, Name
 
 FAMILIES: dict[str, Family] = {
+    "bert": bert.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
@@ -17,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": olmo2.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "roberta": roberta.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 
@@ -37,12 +58,27 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
+def build(
+    config: ModelConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, remat: str = "none", lora_dropout: float = 0.0
+) -> Model:
+    """Makes the functions of a model, decoder or encoder as its config is; see `decoder.build`, `encoder.build`.
+
+    Example:
+      >>> build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64)).config.mlm
+      True
+    """
+    make: Any = encoder.build if isinstance(config, EncoderConfig) else decoder.build
+    return make(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout)
+
+
 __all__ = [
     "FAMILIES",
     "Cache",
     "DecoderConfig",
+    "EncoderConfig",
     "Family",
     "Model",
+    "ModelConfig",
     "Name",
     "build",
     "family_of",

@@ -15,7 +15,7 @@ cut from the tree, so nothing else needs to know of it.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,9 @@ from jaxsft.models.attention import NO_WINDOW, Where, attend
 from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP, RMSNorm
 from jaxsft.tree import Tree
 from jaxsft.types import Key
+
+if TYPE_CHECKING:
+    from jaxsft.models.encoder import EncoderConfig
 
 REMAT: dict[str, Callable | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -90,7 +93,7 @@ class Model(NamedTuple):
     variables is {"params": ..., "lora": ...}, the second only with an adapter.
     """
 
-    config: DecoderConfig
+    config: "DecoderConfig | EncoderConfig"
     init: Callable[[Key], Tree]  # key -> params
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None)
     output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features

@@ -1,4 +1,4 @@
-"""The layers every family is made of: Dense (with its LoRA path), RMSNorm, the gated MLP.
+"""The layers every family is made of: Dense (with its LoRA path), RMSNorm and LayerNorm, the MLP gated and plain.
 
 A kernel is always two-dimensional, [in, out], so that LoRA, weight names and sharding rules stay uniform.
 """
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
@@ -66,6 +67,21 @@ class RMSNorm(nn.Module):
         return full.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * scale + bias, in float32, rounded once (Ba et al. 2016, arXiv:1607.06450, eq. 4)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        full = x.astype(jnp.float32)
+        full = full - jnp.mean(full, axis=-1, keepdims=True)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return (full * scale + bias).astype(x.dtype)
+
+
 class GatedMLP(nn.Module):
     """down(act(gate x) * up x) (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
@@ -81,3 +97,18 @@ class GatedMLP(nn.Module):
         up = Dense(self.hidden, self.use_bias, self.lora_dropout, name="up")(x)
         act = ACTIVATIONS[self.activation]
         return Dense(x.shape[-1], self.use_bias, self.lora_dropout, self.out_init, name="down")(act(gate) * up)
+
+
+class MLP(nn.Module):
+    """down(act(up x)) (Vaswani et al. 2017, arXiv:1706.03762, eq. 2)."""
+
+    hidden: int
+    activation: str
+    use_bias: bool
+    lora_dropout: float
+    out_init: Callable
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        up = ACTIVATIONS[self.activation](Dense(self.hidden, self.use_bias, self.lora_dropout, name="up")(x))
+        return Dense(x.shape[-1], self.use_bias, self.lora_dropout, self.out_init, name="down")(up)
