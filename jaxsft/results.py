@@ -27,10 +27,10 @@ def save(folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, co
     if adapter is not None and plan.lora and config.adapter:
         written["adapter"] = folder / "adapter"
         hub.export_adapter(str(written["adapter"]), adapter, plan.lora, family=family, base=base, config=shape)
-        hub.save_template(written["adapter"], tokenizer)
     if config.merged:
         written["merged"] = folder / "merged"
         params = trained.get("params")
         hub.merge(base, str(written["merged"]), adapter=adapter, trained=params, shard_gb=config.shard_gb)
-        hub.save_template(written["merged"], tokenizer)
+    for path in written.values() if family.task else ():  # nobody asks an encoder
+        hub.save_template(path, tokenizer)
     return written

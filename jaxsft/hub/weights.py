@@ -214,7 +214,7 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
         apart = [name for name in files if tree.matches(family.unused, name)]
         out += [Tensor(n, reader.shape(n), kind, lambda n=n: read(n).astype(kind)) for n in apart]
     files = write(folder, out, shard_gb=shard_gb)
-    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind})
+    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind.name})
     copy_companions(base, folder)
     return files
 

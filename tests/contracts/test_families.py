@@ -7,7 +7,7 @@ import pytest
 
 from jaxsft import hub, lora, models, objectives, sharding, tree
 from jaxsft.hub import names
-from jaxsft.models import FAMILIES
+from jaxsft.models import FAMILIES, EncoderConfig
 from jaxsft.types import Tokens
 
 SMALL = {
@@ -22,11 +22,32 @@ SMALL = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ENCODERS = {"bert": "Bert", "roberta": "Roberta"}  # and how their architectures are named
 family = pytest.mark.parametrize("kind", FAMILIES)
+encoder = pytest.mark.parametrize("kind", ENCODERS)
+decoder = pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in ENCODERS])
 
 
-def config_of(kind: str, **more):
+def config_of(kind: str, *, headless: bool = False, **more):
+    if kind in ENCODERS:
+        architecture = ENCODERS[kind] + ("Model" if headless else "ForMaskedLM")
+        return FAMILIES[kind].read_config({"model_type": kind, **ENCODER, "architectures": [architecture], **more})
     return FAMILIES[kind].read_config({"model_type": kind, **SMALL, **more})
+
+
+def objective(model):
+    """What a model learns: a decoder the next token, an encoder the hidden ones."""
+    if isinstance(model.config, EncoderConfig):
+        return objectives.masked(model, mask_id=3, ordinary=np.arange(4, 64), rate=0.4)
+    return objectives.supervised(model)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +65,11 @@ def built():
 
 @family
 def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
-    for tied in (True, False):
-        shapes = hub.shapes(config_of(kind, tie_word_embeddings=tied))
+    for more in (True, False):  # a decoder with an output layer of its own and without, an encoder with a head
+        encodes = kind in ENCODERS
+        shapes = hub.shapes(
+            config_of(kind, headless=not more) if encodes else config_of(kind, tie_word_embeddings=more)
+        )
         mesh = sharding.mesh(2, 2, 2)
         placed = tree.flat(sharding.shardings(shapes, FAMILIES[kind].rules, mesh))
         found = []
@@ -57,7 +81,8 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
             found += here
         assert len(found) == len(set(found))
         assert any("tensor" in placed[p].spec for p in placed)
-        assert ("lm_head.weight" in found) != tied
+        head = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}.get(kind, "lm_head.weight")
+        assert (head in found) == (more if encodes else not more)
 
 
 @family
@@ -67,12 +92,13 @@ def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     placed = sharding.shardings(adapter, lora.rules(FAMILIES[kind].rules), sharding.mesh(2, 2, 2))
     assert tree.flat(placed).keys() == tree.flat(adapter).keys()
     kernels = [path for path in tree.flat(params) if path.endswith("/kernel")]
-    assert len(tree.flat(adapter)) == 3 * len(kernels)
+    outside = ["mlm/dense/kernel"] * (kind in ENCODERS)  # a head gets no adapter unless its name is given
+    assert len(tree.flat(adapter)) == 3 * (len(kernels) - len(outside))
     noisy = jax.tree.map(lambda x: x + 0.1, adapter)  # B = 0 would give A no gradient
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
     ones = jnp.ones_like(tokens)
     batch = Tokens(tokens, ones > 0, jnp.arange(12) * ones, ones)
-    loss = lambda low: objectives.supervised(model)({"params": params, "lora": low}, batch, None).loss
+    loss = lambda low: objective(model)({"params": params, "lora": low}, batch, None).loss
     for path, grad in tree.flat(jax.jit(jax.grad(loss))(noisy)).items():
         assert np.abs(grad).max() > 0, path
 
@@ -88,7 +114,7 @@ def test_merged_answers_as_base_and_adapter(kind, built):
 
 
 @family
-def test_packed_padded_and_cached_agree_with_alone(kind, built):
+def test_packed_and_padded_agree_with_alone(kind, built):
     model, params = built(kind)
     run = jax.jit(lambda *args: model.features({"params": params}, *args))
     ids = np.arange(40, dtype=np.int32) * 7 % 64
@@ -99,11 +125,37 @@ def test_packed_padded_and_cached_agree_with_alone(kind, built):
     packed = run(row, positions, segments)[0]
     np.testing.assert_allclose(packed[:9], alone[0], atol=1e-5)
     np.testing.assert_allclose(packed[9:20], alone[1], atol=1e-5)
+
+
+@decoder
+def test_cached_agrees_with_alone(kind, built):
+    model, params = built(kind)
+    ids = np.arange(40, dtype=np.int32) * 7 % 64
+    alone = jax.jit(model.features)({"params": params}, ids[None, :9])[0]
     cache, steps = model.cache(1, 16), []
     for at in (slice(0, 5), slice(5, 6), slice(6, 9)):
         out, cache = model.extend({"params": params}, ids[None, at], np.arange(9)[None, at], cache)
         steps.append(out[0])
-    np.testing.assert_allclose(np.concatenate(steps), alone[0], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(steps), alone, atol=1e-5)
+
+
+@encoder
+def test_an_encoder_sees_both_sides_and_does_not_generate(kind, built):
+    model, params = built(kind)
+    ids = np.arange(9, dtype=np.int32)[None] * 7 % 64
+    first, other = (model.features({"params": params}, row)[0] for row in (ids, np.where(ids == ids[0, 8], 1, ids)))
+    assert np.abs(first[0] - other[0]).max() > 1e-4
+    for ask in (lambda: model.cache(1, 16), lambda: model.extend({"params": params}, ids, ids, None)):
+        with pytest.raises(ValueError, match="an encoder does not generate"):
+            ask()
+    with pytest.raises(ValueError, match="an encoder reads the next token before it predicts it"):
+        objectives.supervised(model)
+
+
+@decoder
+def test_a_decoder_is_not_taught_masked_tokens(kind, built):
+    with pytest.raises(ValueError, match="train.objective masked is for encoders, and this model is a decoder"):
+        objectives.masked(built(kind)[0], mask_id=0, ordinary=np.arange(4, 64))
 
 
 @family

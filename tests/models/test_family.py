@@ -31,8 +31,9 @@ def read(family, **keys):
     return FAMILIES[family].read_config({**SHAPE, "model_type": family, **keys})
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.task])
 def family(request):
+    """A family of decoders."""
     return request.param
 
 
@@ -81,11 +82,12 @@ def test_a_missing_key_is_named_with_one_that_may_mean_it(family, key):
 @pytest.mark.parametrize("kind", ["gpt_neox", None])
 def test_an_unknown_model_type_lists_the_known_ones(kind):
     with pytest.raises(
-        ValueError, match=f"model_type {kind!r} is not supported; supported are gemma, .*llama, mistral, "
+        ValueError, match=f"model_type {kind!r} is not supported; supported are bert, .*llama, mistral, "
     ):
         family_of({"model_type": kind})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_known_model_type_gives_its_family(family):
     assert family_of({"model_type": family}) is FAMILIES[family]
 
@@ -225,6 +227,7 @@ def test_a_key_known_at_one_value_only_is_refused_at_another(family, key, value)
         read(family, **{key: value})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_familys_names_are_distinct_and_stacked_where_they_have_a_layer(family):
     names = FAMILIES[family].names
     assert len({n.path for n in names}) == len({n.hf for n in names}) == len(names)
