@@ -22,15 +22,15 @@ def save(folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, co
     Returns:
       {"adapter": folder, "merged": folder}, those written.
     """
-    written, family = {}, hub.read_config(hub.resolve(base))[0]
+    written, (family, shape) = {}, hub.read_config(hub.resolve(base))
     adapter = lora.with_scale(trained["lora"], plan.lora) if plan.lora else None
     if adapter is not None and plan.lora and config.adapter:
         written["adapter"] = folder / "adapter"
-        hub.export_adapter(str(written["adapter"]), adapter, plan.lora, family=family, base=base)
-        hub.save_template(written["adapter"], tokenizer)
+        hub.export_adapter(str(written["adapter"]), adapter, plan.lora, family=family, base=base, config=shape)
     if config.merged:
         written["merged"] = folder / "merged"
         params = trained.get("params")
         hub.merge(base, str(written["merged"]), adapter=adapter, trained=params, shard_gb=config.shard_gb)
-        hub.save_template(written["merged"], tokenizer)
+    for path in written.values() if family.task else ():  # nobody asks an encoder
+        hub.save_template(path, tokenizer)
     return written

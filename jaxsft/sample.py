@@ -167,6 +167,32 @@ def asker(
     return ask
 
 
+def filler(model: Model, tokenizer, passages: Sequence[Sequence[int]], mask_id: int) -> Callable[[Mapping], list[str]]:
+    """Makes variables -> the likeliest tokens for the masks of some texts, to compare an encoder before and after.
+
+    Args:
+      model: an encoder with the head that predicts masked tokens.
+      tokenizer: of transformers.
+      passages: token ids, of any lengths.
+      mask_id: of the mask token.
+    """
+    tokens = np.zeros((len(passages), _bucket(max(map(len, passages), default=1))), np.int32)
+    for row, passage in zip(tokens, passages, strict=True):
+        row[: len(passage)] = passage
+    lengths = np.array([[len(passage)] for passage in passages])
+    segments = (np.arange(tokens.shape[1]) < lengths).astype(np.int32)
+    best = jax.jit(
+        lambda variables: logits(model, variables, model.features(variables, tokens, None, segments)).argmax(-1)
+    )
+
+    def fill(variables: Mapping) -> list[str]:
+        guesses = sharding.to_host(best(variables)) if passages else ()
+        chosen = (guess[row == mask_id].tolist() for guess, row in zip(guesses, tokens, strict=True))
+        return [", ".join(tokenizer.decode([token]).strip() for token in row) for row in chosen]
+
+    return fill
+
+
 def _needed(key: Key | None, temperature: float) -> Key:
     if temperature and key is None:
         raise ValueError("temperature above 0 draws at random; give a key, such as jax.random.key(0)")

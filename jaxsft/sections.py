@@ -8,6 +8,7 @@ from jaxsft.run import Config as Run
 from jaxsft.sample import Config as Sample
 from jaxsft.sharding import Config as Mesh
 from jaxsft.train import Config as Train
+from jaxsft.train import Pretraining
 from jaxsft.tuning import Config as Tuning
 
-__all__ = ["Data", "Export", "Mesh", "Model", "Optim", "Run", "Sample", "Train", "Tuning"]
+__all__ = ["Data", "Export", "Mesh", "Model", "Optim", "Pretraining", "Run", "Sample", "Train", "Tuning"]

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,18 @@ class Config:
     """steps between lines of metrics.jsonl"""
     seed: int = 0
     """of the adapter, the order of the data and dropout"""
+
+
+@dataclass(frozen=True)
+class Pretraining(Config):
+    """How long and in what pieces to train on plain text, and what is predicted of it."""
+
+    objective: Literal["causal", "masked"] = "causal"
+    """causal: each token from those before it; masked: hidden tokens from both sides, for encoders"""
+    mask_rate: float = 0.15
+    """masked: the share of tokens that is predicted"""
+    whole_words: bool = False
+    """masked: choose words, with all their tokens, instead of tokens"""
 
 
 Step = Callable[[State, Tree, Any], tuple[State, Metrics]]

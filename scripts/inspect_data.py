@@ -4,7 +4,8 @@
     python scripts/inspect_data.py --config configs/quickstart.yaml --show 5
     python scripts/inspect_data.py --model.path BASE --data.train mine.jsonl
 
-It takes the run file of a training script as it is, and reads its model's tokenizer and its data section.
+It takes the run file of a training script as it is, and reads its model's tokenizer, its data section and what it
+predicts (train.objective): with masked tokens, what may be masked is coloured.
 """
 
 from collections import Counter
@@ -31,7 +32,7 @@ class Config:
     """of scripts/pretrain.py, not used"""
     tuning: sections.Tuning = sections.Tuning()
     optim: sections.Optim = sections.Optim()
-    train: sections.Train = sections.Train()
+    train: sections.Pretraining = sections.Pretraining()
     mesh: sections.Mesh = sections.Mesh()
     run: sections.Run = sections.Run()
     sample: sections.Sample = sections.Sample()
@@ -68,7 +69,7 @@ def main(cfg: Config) -> None:
         return
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
     if kind == "learn":
-        rows, _, found = data.load(cfg.data, tokenizer)
+        rows, _, found = data.load(cfg.data, tokenizer, "masked" if cfg.train.objective == "masked" else "learn")
     else:
         rows, _, found = data.load_rows(cfg.data, tokenizer, kind)
 

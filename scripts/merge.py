@@ -49,7 +49,8 @@ def main(cfg: Config) -> None:
         template = hub.adapter_template(cfg.adapter)
         adapter, _ = hub.load_adapter(cfg.adapter, hub.shapes(shape), family=family, config=shape)
     files = hub.merge(base, cfg.out, adapter=adapter, trained=trained, shard_gb=cfg.shard_gb)
-    hub.save_template(Path(cfg.out), data.with_template(hub.load_tokenizer(base), template))
+    if hub.read_config(hub.resolve(base))[0].task:  # nobody asks an encoder
+        hub.save_template(Path(cfg.out), data.with_template(hub.load_tokenizer(base), template))
     report.summary("merged", {"base": base, "into": cfg.out, "files": len(files), "size": report.size(Path(cfg.out))})
 
 

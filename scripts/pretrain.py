@@ -2,8 +2,11 @@
 
     python scripts/pretrain.py --config configs/pretrain.yaml
     python scripts/pretrain.py --config configs/base_model.yaml
+    python scripts/pretrain.py --config configs/masked.yaml
 
-Rows are {"text": ...}; every token is learned exactly once an epoch.
+Rows are {"text": ...}. A decoder learns every token exactly once an epoch, from those before it. An encoder (BERT,
+RoBERTa) learns with `--train.objective masked`: each time a row comes other tokens of it are hidden, 15% by default, or
+whole words with `--train.whole_words true`, and predicted from both sides; `trained_tokens` counts those.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from jaxsft import (
     config,
     data,
     hub,
+    models,
     objectives,
     report,
     results,
@@ -40,30 +44,44 @@ class Config:
     tuning: sections.Tuning = sections.Tuning(method="full")
     data: sections.Data = sections.Data(format="text")
     optim: sections.Optim = sections.Optim()
-    train: sections.Train = sections.Train()
+    train: sections.Pretraining = sections.Pretraining()
     mesh: sections.Mesh = sections.Mesh()
     run: sections.Run = sections.Run()
     sample: sections.Sample = sections.Sample(max_new_tokens=64)
     export: sections.Export = sections.Export()
 
 
-def main(cfg: Config) -> None:
-    # ---- where: the folder, the devices --------------------------------------------------------------------------
+def check(cfg: Config, shape: models.ModelConfig) -> None:
+    """Refuses what cannot work, before anything takes time."""
+    objectives.expect(cfg.train.objective, shape)
     if cfg.init == "random" and cfg.tuning.method != "full":
         raise run.RunError(
             f"init random needs tuning.method full, not {cfg.tuning.method}: random weights must all learn"
         )
+    if cfg.train.whole_words and cfg.train.objective == "causal":
+        raise run.RunError("train.whole_words is for train.objective masked; the objective is causal")
+    if cfg.train.objective == "masked" and cfg.data.max_length > shape.max_position:
+        raise run.RunError(
+            f"data.max_length is {cfg.data.max_length}, and the model has {shape.max_position} positions; "
+            f"set data.max_length to {shape.max_position} or less"
+        )
+
+
+def main(cfg: Config) -> None:
+    # ---- where: the folder, the devices --------------------------------------------------------------------------
+    family, shape = hub.read_config(hub.resolve(cfg.model.path))
+    check(cfg, shape)
     folder = run.start(cfg.run)
     mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
     key_model = jax.random.key(cfg.train.seed)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
-    rows, held_out, found = data.load(cfg.data, tokenizer)
+    gaps = data.masking(tokenizer, whole_words=cfg.train.whole_words) if cfg.train.objective == "masked" else None
+    rows, held_out, found = data.load(cfg.data, tokenizer, "masked" if gaps else "learn")
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
-    family, shape = hub.read_config(hub.resolve(cfg.model.path))
     plan = tuning.plan(cfg.tuning, shape.layers)
     kind = {"dtype": jnp.dtype(cfg.model.dtype), "remat": cfg.model.remat}
     if cfg.init == "random":
@@ -76,12 +94,17 @@ def main(cfg: Config) -> None:
     report.summary("model", tuning.describe(plan, trainable, frozen))
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
-    asked = data.questions(held_out, tokenizer, cfg.run.samples) if held_out else []
-    stop = hub.stop_tokens(cfg.model.path, tokenizer)
-    ask = sample.asker(model, tokenizer, [question.ids for question in asked], stop, cfg.sample)
+    asked = (data.blanks if gaps else data.questions)(held_out, tokenizer, cfg.run.samples) if held_out else []
+    prompts = [question.ids for question in asked]
+    if gaps:
+        objective = objectives.masked(model, rate=cfg.train.mask_rate, **gaps._asdict())
+        ask = sample.filler(model, tokenizer, prompts, gaps.mask_id)
+    else:
+        objective = objectives.supervised(model)
+        ask = sample.asker(model, tokenizer, prompts, hub.stop_tokens(cfg.model.path, tokenizer), cfg.sample)
     before = ask(tree.combine(trainable, frozen))
     state = session.learn(
-        objectives.supervised(model),
+        objective,
         trainable,
         frozen,
         rows,

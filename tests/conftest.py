@@ -40,6 +40,18 @@ SHAPE = {
 }
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "eos_token_id": 2}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+ENCODER = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+}
+SHAPES = {"gpt2": GPT2, "bert": ENCODER, "roberta": ENCODER}  # of the families that have no SHAPE
 # What each family's own config has beside SHAPE.
 OWN: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
@@ -64,7 +76,10 @@ OWN: dict[str, dict[str, Any]] = {
     "granite": {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"]},
+    "bert": {"architectures": ["BertForMaskedLM"], "pad_token_id": 0},
+    "roberta": {"architectures": ["RobertaForMaskedLM"], "pad_token_id": 1},
 }
+ENCODERS = ("bert", "roberta")
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -162,6 +177,37 @@ def gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (D,), "transformer.ln_f.bias": (D,)}
 
 
+def encoder_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The same of an encoder, with the head that its architecture names, and what nothing here computes."""
+    D, M, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kind, (architecture,) = config["model_type"], config["architectures"]
+    dense = lambda name, out, into: {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+    norm = lambda name: {f"{name}.weight": (D,), f"{name}.bias": (D,)}
+    base = {
+        "embeddings.word_embeddings.weight": (V, D),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], D),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], D),
+        **norm("embeddings.LayerNorm"),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        own = {}
+        for name in ("query", "key", "value"):
+            own |= dense(f"attention.self.{name}", D, D)
+        own |= dense("attention.output.dense", D, D) | norm("attention.output.LayerNorm")
+        own |= dense("intermediate.dense", M, D) | dense("output.dense", D, M) | norm("output.LayerNorm")
+        base |= {f"encoder.layer.{layer}.{name}": shape for name, shape in own.items()}
+    if architecture.endswith("Model"):
+        return base | dense("pooler.dense", D, D)
+    shapes = {f"{kind}.{name}": shape for name, shape in base.items()}
+    if kind == "roberta":
+        return shapes | dense("lm_head.dense", D, D) | norm("lm_head.layer_norm") | {"lm_head.bias": (V,)}
+    head = "cls.predictions.transform"
+    shapes |= dense(f"{head}.dense", D, D) | norm(f"{head}.LayerNorm") | {"cls.predictions.bias": (V,)}
+    if architecture == "BertForPreTraining":
+        shapes |= dense("bert.pooler.dense", D, D) | dense("cls.seq_relationship", 2, D)
+    return shapes
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny(family, ...) -> the folder of a new random checkpoint of four small layers.
@@ -181,12 +227,14 @@ def tiny(tmp_path_factory):
     ) -> Path:
         folder = tmp_path_factory.mktemp(family)
         size = {"vocab_size": 2560} if tokenizer else {}
-        config = {**(GPT2 if family == "gpt2" else SHAPE), **OWN[family], **size, **config}
-        config |= {"model_type": family, "torch_dtype": dtype, "tie_word_embeddings": tied}
+        encodes = family in ENCODERS
+        config = {**SHAPES.get(family, SHAPE), **OWN[family], **size, **config}
+        config |= {"model_type": family, "torch_dtype": dtype, "tie_word_embeddings": tied or encodes}
         draw, tensors = np.random.default_rng(seed), {}
-        for name, shape in hf_shapes(config).items():
+        for name, shape in (encoder_shapes if encodes else hf_shapes)(config).items():
             noise = draw.standard_normal(shape, np.float32)
-            tensors[name] = (1 + 0.3 * noise if "norm" in name or ".ln_" in name else 0.2 * noise).astype(DTYPES[dtype])
+            scales = ("norm" in name.lower() or ".ln_" in name) and name.endswith("weight")
+            tensors[name] = (1 + 0.3 * noise if scales else 0.2 * noise).astype(DTYPES[dtype])
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for file in TOKENIZER if tokenizer else ():

@@ -6,6 +6,7 @@ from jaxsft.data.chat import (
     Conversation,
     Image,
     Message,
+    Passage,
     Preference,
     Prompt,
     Text,
@@ -13,9 +14,10 @@ from jaxsft.data.chat import (
     Unpaired,
 )
 from jaxsft.data.formats import FORMATS, Format, detect, parse
+from jaxsft.data.gaps import Masking, masking
 from jaxsft.data.info import Source, resolve
 from jaxsft.data.load import Config, Loaded, Report, kind_of, load, records
-from jaxsft.data.questions import Question, questions
+from jaxsft.data.questions import Question, blanks, questions
 from jaxsft.data.render import Example, prompt_ids, render, render_text
 from jaxsft.data.rows import Bad, DataError, Row
 from jaxsft.data.script import How
@@ -44,8 +46,10 @@ __all__ = [
     "Image",
     "Loaded",
     "LoadedRows",
+    "Masking",
     "Message",
     "PackedRows",
+    "Passage",
     "Preference",
     "Prompt",
     "Question",
@@ -58,11 +62,13 @@ __all__ = [
     "Unpaired",
     "batches",
     "batches_by_length",
+    "blanks",
     "detect",
     "in_memory",
     "kind_of",
     "load",
     "load_rows",
+    "masking",
     "parse",
     "prompt_ids",
     "questions",

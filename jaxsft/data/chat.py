@@ -3,6 +3,7 @@
     Conversation   turns; those of the assistant are learned
     Completion     a prompt and what follows it, as plain text; what follows is learned
     Text           a document, learned whole
+    Passage        a document for an encoder, any token of which may be masked and learned
     Prompt         what a model is asked to answer, with the row's other columns for whoever judges the answer
     Preference     a prompt and two answers, one better than the other
     Unpaired       a prompt and an answer, with a thumb up or down
@@ -58,6 +59,12 @@ class Text(NamedTuple):
     text: str
 
 
+class Passage(NamedTuple):
+    """A plain document for an encoder, any token of which may be masked and learned."""
+
+    text: str
+
+
 class Prompt(NamedTuple):
     """A question for a model to answer."""
 
@@ -92,7 +99,7 @@ class Image(NamedTuple):
     label: str
 
 
-Parsed = Conversation | Completion | Text | Prompt | Preference | Unpaired | Image
+Parsed = Conversation | Completion | Text | Passage | Prompt | Preference | Unpaired | Image
 
 
 def as_dicts(messages: Turns, *, json_arguments: bool = False) -> list[dict[str, Any]]:

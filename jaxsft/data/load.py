@@ -111,7 +111,7 @@ class Report(NamedTuple):
         return [(name, value) for name, value in shown.items() if name != "held out" or self.held_out]
 
 
-Kind = Literal["learn", "preference", "unpaired", "prompt", "image"]
+Kind = Literal["learn", "masked", "preference", "unpaired", "prompt", "image"]
 
 
 class Loaded(NamedTuple):
@@ -131,12 +131,13 @@ class Chosen(NamedTuple):
     digest: str
 
 
-def load(config: Config, tokenizer: Any) -> Loaded:
+def load(config: Config, tokenizer: Any, kind: Literal["learn", "masked"] = "learn") -> Loaded:
     """Reads, tokenises and packs what conversations, completions and texts there are.
 
     Args:
       config: what, and how; `Config(train="train.jsonl")` will do.
       tokenizer: of transformers, fast, with a chat template (`with_template`).
+      kind: "masked" takes texts alone, as an encoder reads them; the tokens of the mask are those that it may lack.
 
     Returns:
       (train, eval, report); eval is None without data.eval and data.val_fraction.
@@ -157,7 +158,7 @@ def load(config: Config, tokenizer: Any) -> Loaded:
       ...     len(rows) == report.packed_rows, rows[0].tokens.shape, held_out
       (True, (256,), None)
     """
-    train, held = choose(config, tokenizer, "learn")
+    train, held = choose(config, tokenizer, kind)
     packed, efficiency = _pack(train, config)
     report = train.report._replace(packed_rows=len(packed), efficiency=efficiency)
     return Loaded(packed, None if held is None else _pack(held, config)[0], report)
@@ -193,10 +194,9 @@ def choose(config: Config, tokenizer: Any, kind: str) -> tuple[Chosen, Chosen | 
     """
     if not config.train:
         raise DataError("data.train is empty; give a file such as train.jsonl, or a data set of the hub")
-    if config.max_length < 2:
-        raise DataError(
-            f"data.max_length is {config.max_length}; it must be at least 2, a token and the one it predicts"
-        )
+    least, why = (3, "two that enclose one") if kind == "masked" else (2, "a token and the one it predicts")
+    if config.max_length < least:
+        raise DataError(f"data.max_length is {config.max_length}; it must be at least {least}, {why}")
     if config.eval and config.val_fraction:
         raise DataError("data.eval and data.val_fraction are both given; choose one")
     found = sources_of(config, config.train)
@@ -248,7 +248,7 @@ def records(config: Config) -> Iterator[Parsed]:
 
 
 def kind_of(config: Config) -> Kind:
-    """What kind of run the first row of data.train is for: learn, preference, unpaired, prompt or image.
+    """What kind of run the first row of data.train is for, masked aside: learn, preference, unpaired, prompt or image.
 
     Example:
       >>> kind_of(Config(train="jaxsft/assets/quickstart/train.jsonl"))

@@ -106,6 +106,23 @@ def chunks(example: Example, max_length: int) -> list[Example]:
     return pieces
 
 
+def passages(example: Example, max_length: int) -> list[Example]:
+    """Splits a text for an encoder into pieces of about one length, each between the text's first and last token.
+
+        [ a b c d e ]  ->  [ a b c ]   [ d e ]
+        0 1 1 1 1 1 1      0 1 1 1 0   0 1 1 0     the token that ends a text is not learned
+
+    Example:
+      >>> pieces = passages(Example(np.array([1, 5, 6, 7, 8, 9, 2]), np.array([0, 1, 1, 1, 1, 1, 1]) > 0), 5)
+      >>> [(piece.ids.tolist(), piece.mask.astype(int).tolist()) for piece in pieces]
+      [([1, 5, 6, 7, 2], [0, 1, 1, 1, 0]), ([1, 8, 9, 2], [0, 1, 1, 0])]
+    """
+    count = -(-(len(example.ids) - 2) // (max_length - 2))
+    ends, no = example.ids[[0, -1]], np.zeros(1, bool)
+    cut = zip(*(np.array_split(array[1:-1], count) for array in example), strict=True)
+    return [Example(np.r_[ends[:1], ids, ends[1:]], np.r_[no, mask, no]) for ids, mask in cut]
+
+
 def plan(lengths: Int[np.ndarray, "D"], max_length: int) -> tuple[Int[np.ndarray, "D"], Int[np.ndarray, "R+1"]]:
     """Places documents in as few rows as best fit, longest first, finds.
 

@@ -1,4 +1,4 @@
-"""Questions to ask a model before and after training: the prompts of held-out rows, and the answers they want."""
+"""Questions to ask a model before and after training, of held-out rows: prompts to answer, and gaps to fill."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from jaxsft.data.stream import PackedRows
 from jaxsft.data.vocabulary import vocabulary
 
 OPENING = 12  # tokens of a plain text that are shown to be continued
+PASSAGE, EVERY = 40, 7  # tokens of a text with gaps, and how far those are apart
 
 
 class Question(NamedTuple):
@@ -30,10 +31,8 @@ def questions(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
       tokenizer: that they were tokenised with.
       count: how many.
     """
-    documents = np.unique(rows.documents)
-    chosen = np.unique(np.linspace(0, len(documents) - 1, count).round().astype(int)) if count else []
     found = []
-    for document in documents[chosen]:
+    for document in _chosen(rows, count):
         ids, mask = rows.document(document)
         if mask[1:].all():  # a text
             opening, rest = ids[:OPENING], ids[OPENING : 4 * OPENING]
@@ -45,6 +44,31 @@ def questions(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
         answer = tokenizer.decode(ids[start:end], skip_special_tokens=True)
         found.append(Question(said_last(tokenizer.decode(ids[:start]), tokenizer), ids[:start].tolist(), answer))
     return found
+
+
+def blanks(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
+    """Takes `count` documents, evenly over the rows' sources, as texts with gaps; `answer` is what stood there.
+
+    Args:
+      rows: held out, from `load` with kind "masked".
+      tokenizer: that they were tokenised with; it has a mask token.
+      count: how many.
+    """
+    found = []
+    for document in _chosen(rows, count):
+        ids, mask = (array[:PASSAGE].copy() for array in rows.document(document))
+        inside = np.flatnonzero(mask)
+        gaps = inside[min(EVERY, len(inside)) // 2 :: EVERY]
+        answer = ", ".join(tokenizer.decode([token]).strip() for token in ids[gaps])
+        ids[gaps] = tokenizer.mask_token_id
+        found.append(Question(tokenizer.decode(ids[inside]), ids.tolist(), answer))
+    return found
+
+
+def _chosen(rows: PackedRows, count: int) -> np.ndarray:
+    """Documents, evenly over all."""
+    documents = np.unique(rows.documents)
+    return documents[np.unique(np.linspace(0, len(documents) - 1, count).round().astype(int)) if count else []]
 
 
 def said_last(prompt: str, tokenizer: Any) -> str:

@@ -13,6 +13,7 @@ from jaxsft.data.chat import (
     Conversation,
     Message,
     Parsed,
+    Passage,
     Preference,
     Prompt,
     Text,
@@ -75,6 +76,8 @@ def scripts(parsed: Parsed, tokenizer: Any, how: How = AS_USUAL) -> list[Script]
             script = _plain("", text, tokenizer, how)
             start = script.opening if script.opening is not None else tokenizer.eos_token_id
             return [script._replace(opening=start)]
+        case Passage(text):
+            return [_passage(text, tokenizer, how)]
         case Prompt(prompt, tools):
             if isinstance(prompt, str):
                 script = _plain(prompt, "", tokenizer, how)
@@ -116,6 +119,20 @@ def _plain(prompt: str, completion: str, tokenizer: Any, how: How) -> Script:
     prompt, completion = (known.guard(part, mark) for part in (prompt, completion))
     text = prompt + completion + tokenizer.eos_token
     return Script(text, ((len(prompt), len(text)),), (True,), known.bos, mark)
+
+
+def _passage(text: str, tokenizer: Any, how: How) -> Script:
+    """Text between the tokens that an encoder begins and ends every text with: [CLS] and [SEP], <s> and </s>."""
+    opening, closing = tokenizer.cls_token or tokenizer.bos_token, tokenizer.sep_token or tokenizer.eos_token
+    if opening is None or closing is None:
+        raise DataError(
+            "an encoder's text begins with cls_token and ends with sep_token, and the tokenizer does not name both; "
+            "name them in tokenizer_config.json"
+        )
+    known = vocabulary(tokenizer)
+    mark = "" if how.control else known.mark_for(text)
+    text = known.guard(text, mark) + closing
+    return Script(text, ((0, len(text)),), (True,), tokenizer.convert_tokens_to_ids(opening), mark)
 
 
 def _conversation(messages: Turns, tools: Tools, tokenizer: Any, how: How) -> Script:

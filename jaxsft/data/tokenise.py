@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.data import formats, pack, sources
-from jaxsft.data.chat import Completion, Conversation, Image, Parsed, Preference, Prompt, Text, Unpaired
+from jaxsft.data.chat import Completion, Conversation, Image, Parsed, Passage, Preference, Prompt, Text, Unpaired
 from jaxsft.data.info import Source, adapt
 from jaxsft.data.render import Example, Rendered, encode
 from jaxsft.data.rows import Bad, DataError, Row
@@ -35,6 +35,7 @@ LARGE = 64 << 20  # bytes from which on several processes pay for their start
 
 KINDS: dict[str, tuple[type, ...]] = {
     "learn": (Conversation, Completion, Text),
+    "masked": (Text,),
     "preference": (Preference,),
     "unpaired": (Unpaired,),
     "prompt": (Prompt, Conversation, Completion),
@@ -50,6 +51,7 @@ NOUNS = {
 }
 WORDS = {
     "learn": "conversations, completions and texts",
+    "masked": "texts",
     "preference": "preferences, with chosen and rejected",
     "unpaired": "answers with a label",
     "prompt": "prompts, and conversations for their last question",
@@ -108,7 +110,7 @@ def tokenise_rows(found: Sequence[Row | Bad], job: Job, tokenizer: Any) -> Resul
         seen[name] += 1
         size = max(len(one.ids) for one in whole)
         longest = max(longest, (size, place))
-        truncated += size > job.max_length and not isinstance(parsed, Text)
+        truncated += size > job.max_length and not isinstance(parsed, Text | Passage)
         lines.append((cut, _hash(whole), *_brings(parsed)))
     rows = [number for number, (cut, *_) in enumerate(lines) for _ in cut]
     columns = list(zip(*lines, strict=True)) or [(), (), (), ()]
@@ -120,6 +122,8 @@ def _fit(parsed: Parsed, kind: str, name: str) -> Parsed:
     """The record a run needs, refused where the row is another; a conversation ends where its last answer begins."""
     if not isinstance(parsed, KINDS[kind]):
         raise DataError(f"the row holds {NOUNS[type(parsed)]} ({name}); this run takes {WORDS[kind]}")
+    if kind == "masked" and isinstance(parsed, Text):
+        return Passage(parsed.text)
     if kind != "prompt":
         return parsed
     match parsed:
@@ -140,6 +144,10 @@ def _cut(parsed: Parsed, whole: list[Rendered], job: Job) -> list[Example]:
     match parsed:
         case Text():
             return pack.chunks(Example(first.ids, first.mask), most)
+        case Passage():
+            if len(first.ids) < 3:
+                raise DataError("the text is empty; remove the row")
+            return pack.passages(Example(first.ids, first.mask), most)
         case Prompt():
             if len(first.ids) > most:
                 raise DataError(f"the prompt has {len(first.ids)} tokens; raise data.max_length, which is {most}")

@@ -21,7 +21,9 @@ from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jax.numpy.bfloat16)}
+FLOATS = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jax.numpy.bfloat16)}
+OTHERS = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}  # of buffers, which are copied as they are
 # What a merged model needs beside its weights, copied as it is.
 COMPANIONS = (
     "generation_config.json",
@@ -33,7 +35,13 @@ COMPANIONS = (
     "merges.txt",
     "*.jinja",
     "additional_chat_templates/*",
+    "modules.json",  # of sentence-transformers, like those below
+    "*sentence*.json",
+    "[0-9]_*/*",
 )
+
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a repository
 
 
 class CheckpointError(ValueError):
@@ -58,12 +66,19 @@ def resolve(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        folder = Path(snapshot_download(path, allow_patterns=WANTED))
+        if has_safetensors(folder):
+            return folder
+        return Path(snapshot_download(path, allow_patterns=[*WANTED, "*.msgpack"]))  # else an old Flax model's
     except Exception as error:
         raise CheckpointError(
             f"{path!r} is no local folder, and the hub did not give it ({type(error).__name__}: {error}); "
             "check the name, the network, and for gated models the token in HF_TOKEN"
         ) from error
+
+
+def has_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -97,7 +112,8 @@ class Reader:
         else:
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
             raise CheckpointError(
-                f"{folder} has neither {single} nor {INDEX} (found: {found}); only safetensors are read"
+                f"{folder} has neither {single} nor {INDEX} (found: {found}); only safetensors are read, and the "
+                "flax_model.msgpack of transformers' Flax models"
             )
         for name, file in self.files.items():
             if name not in headers[file]:
@@ -124,13 +140,13 @@ class Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._header_of[name][0]
 
-    def dtype(self, name: str) -> np.dtype:
+    def dtype(self, name: str, known: Mapping[str, np.dtype] = FLOATS) -> np.dtype:
         kind = self._header_of[name][1]
-        if kind not in DTYPES:
+        if kind not in known:
             raise CheckpointError(
                 f"{name!r} in {self.folder} has dtype {kind}; float32, float16 and bfloat16 are supported"
             )
-        return DTYPES[kind]
+        return known[kind]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or the part of it that `index` names."""

@@ -2,16 +2,23 @@
 
 blocks/0-3/attn/q/kernel             [4, in, out]      model.layers.{0..3}.self_attn.q_proj.weight        [out, in]
 blocks/0-3/moe/experts/up/kernel     [4, 8, in, out]   model.layers.{0..3}.mlp.experts.{0..7}.up_proj.weight
+
+A family has one name for each; a file may have it without the prefix of the base model, or in an older form. So every
+function here takes the names of a file, and speaks as the file does; without any, as the family does.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxsft import tree
-from jaxsft.models import DecoderConfig, Family, Name, span
+from jaxsft.models import Family, ModelConfig, Name, span
+
+# Buffers that older checkpoints carry and that follow from the config.
+DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "embeddings.position_ids")
+OLDER = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # the first BERTs
 
 
 class Address(NamedTuple):
@@ -40,18 +47,32 @@ def unstacked(path: str) -> tuple[str, range | None]:
     return (path, None) if first != "blocks" else ("/".join([first, *rest[1:]]), span(rest[0]))
 
 
-def places(family: Family, config: DecoderConfig) -> dict[str, Place]:
-    """Every Hugging Face name that this family may have, and the weight it stands for."""
-    found = {}
+def stored(family: Family, name: str, files: Collection[str]) -> str:
+    """What a file calls the tensor that the family calls `name`; that name where the file has no other for it.
+
+    Example:
+      >>> from jaxsft.models import FAMILIES
+      >>> name = "bert.embeddings.LayerNorm.weight"
+      >>> stored(FAMILIES["bert"], name, ["embeddings.LayerNorm.gamma", "pooler.dense.weight"])
+      'embeddings.LayerNorm.gamma'
+    """
+    forms = [name, name.removeprefix(family.prefix)]
+    forms += [form.replace(*pair) for pair in OLDER for form in forms]
+    return next((form for form in forms if form in files), name)
+
+
+def places(family: Family, config: ModelConfig, files: Collection[str] = ()) -> dict[str, Place]:
+    """Every Hugging Face name that this family may have, and the weight it stands for; tied copies are among them."""
+    found, moe = {}, getattr(config, "moe", None)
     for name in family.names:
+        experts = range(moe.experts) if moe and "{expert}" in name.hf else [None]
         layers = range(config.layers) if "{layer}" in name.hf else [None]
-        experts = range(config.moe.experts) if "{expert}" in name.hf and config.moe else [None]
-        if "{expert}" in name.hf and config.moe is None:
-            continue
         for layer, expert in itertools.product(layers, experts):
-            found[name.hf.format(layer=layer, expert=expert)] = Place(
-                Address(name.path, layer, expert), name.transposed
-            )
+            here = stored(family, name.hf.format(layer=layer, expert=expert), files)
+            found[here] = Place(Address(name.path, layer, expert), name.transposed)
+    if config.tied:
+        second = {copy: found[stored(family, first, files)] for copy, first in family.copies if copy in files}
+        found = found | second
     return found
 
 
@@ -68,7 +89,9 @@ def name_of(family: Family, path: str) -> Name:
     raise ValueError(f"no Hugging Face name for {path}; add one to FAMILY.names")
 
 
-def leaf_names(family: Family, path: str, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+def leaf_names(
+    family: Family, path: str, shape: tuple[int, ...], files: Collection[str] = ()
+) -> tuple[np.ndarray, bool]:
     """The Hugging Face names of a leaf, and whether those tensors are transposed.
 
     Returns:
@@ -79,10 +102,15 @@ def leaf_names(family: Family, path: str, shape: tuple[int, ...]) -> tuple[np.nd
       ValueError: the family has no name for it.
     """
     name, layers = name_of(family, path), unstacked(path)[1]
-    experts = shape[1] if "{expert}" in name.hf else 1
-    grid = [[name.hf.format(layer=layer, expert=e) for e in range(experts)] for layer in layers or [None]]
-    axes = (len(layers) if layers else 1, experts)[: name.axes]
-    return np.array(grid, object).reshape(axes), name.transposed
+    experts = range(shape[1]) if "{expert}" in name.hf else [None]
+    grid = itertools.product(layers or [None], experts)
+    here = [stored(family, name.hf.format(layer=layer, expert=expert), files) for layer, expert in grid]
+    return np.array(here, object).reshape(shape[: name.axes]), name.transposed
+
+
+def unused(family: Family, name: str) -> bool:
+    """Whether a tensor takes no part in what we compute: a head that nobody asks, or a buffer."""
+    return name.endswith(DERIVED) or tree.matches(family.unused, name)
 
 
 def by_address(family: Family, params: Mapping) -> dict[Address, tuple]:

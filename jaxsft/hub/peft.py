@@ -18,7 +18,7 @@ from jaxsft.hub import names
 from jaxsft.hub.files import CheckpointError, Reader, Tensor, read_json, write, write_json
 from jaxsft.hub.weights import fetch
 from jaxsft.lora import LoRA, scale
-from jaxsft.models import DecoderConfig, Family
+from jaxsft.models import EncoderConfig, Family, ModelConfig
 from jaxsft.tree import Tree
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -33,7 +33,9 @@ NEUTRAL = frozenset(
 )
 
 
-def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, base: str) -> list[Path]:
+def export_adapter(
+    path: str, adapter: Mapping, spec: LoRA, *, family: Family, base: str, config: ModelConfig | None = None
+) -> list[Path]:
     """Writes an adapter folder that PEFT loads.
 
     Args:
@@ -42,6 +44,7 @@ def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, b
       spec: its rank, alpha, dropout, rslora.
       family: of the base, for the names.
       base: the base's folder or hub name, written into the config.
+      config: the base's; an encoder without a head needs it, as transformers' modules then lack the family's prefix.
 
     Example:
       >>> import tempfile, jaxsft
@@ -54,12 +57,13 @@ def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, b
       ['adapter_model.safetensors']
     """
     tensors, modules = [], []
+    bare = family.prefix if isinstance(config, EncoderConfig) and not config.mlm else ""
     for (where, layer, expert), (leaf, index) in sorted(names.by_address(family, adapter).items(), key=str):
         module, part = where.rsplit("/", 1)
         if part == "scale":
             continue
         name = next(n.hf for n in family.names if n.path == f"{module}/kernel")
-        module = name.format(layer=layer, expert=expert).removesuffix(".weight")
+        module = name.format(layer=layer, expert=expert).removesuffix(".weight").removeprefix(bare)
         modules.append(module)
         shape = leaf.shape[len(index) :]
         make = lambda leaf=leaf, index=index: fetch(leaf, index, transposed=True, dtype=np.dtype("float32"))
@@ -67,9 +71,9 @@ def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, b
         tensors.append(Tensor(full, shape[::-1], np.dtype("float32"), make))
     folder = Path(path)
     files = write(folder, tensors, shard_gb=float("inf"), single=FILE)
-    config = {
+    settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": family.task,
         "base_model_name_or_path": base,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
@@ -81,7 +85,7 @@ def export_adapter(path: str, adapter: Mapping, spec: LoRA, *, family: Family, b
         "inference_mode": True,
     }
     if jax.process_index() == 0:
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, settings)
     return files
 
 
@@ -106,7 +110,7 @@ def read_spec(folder: Path) -> LoRA:
     )
 
 
-def load_adapter(path: str, params: Mapping, *, family: Family, config: DecoderConfig) -> tuple[Tree, LoRA]:
+def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelConfig) -> tuple[Tree, LoRA]:
     """Reads an adapter folder, written by PEFT or by us, as a tree beside `params` (arrays or shapes).
 
     In a stack where only some layers have the adapter the others get a zero one.
@@ -132,15 +136,15 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: DecoderC
     if not folder.is_dir():
         raise CheckpointError(f"no adapter folder {path!r}; give one with {CONFIG} and {FILE}")
     spec, reader = read_spec(folder), Reader(folder, FILE)
-    known, kernels = names.places(family, config), tree.flat(params)
-    stacks = {}
+    module_of = lambda name: name.removeprefix(PREFIX).partition(".lora_")[0]
+    known = names.places(family, config, {f"{module_of(name)}.weight" for name in reader.files})
+    kernels, stacks = tree.flat(params), {}
     for path_ in kernels:
         plain, layers = names.unstacked(path_)
         stacks |= {names.Address(plain, layer): path_ for layer in layers or [None]}
     leaves: dict[str, np.ndarray] = {}
     for name in reader.files:
-        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
-        place = known.get(f"{module}.weight")
+        part, place = name.partition(".lora_")[2], known.get(f"{module_of(name)}.weight")
         if part not in ("A.weight", "B.weight") or place is None or place.address not in stacks:
             raise CheckpointError(f"{folder / FILE} has {name!r}, which fits no kernel of the base")
         stack = stacks[place.address]

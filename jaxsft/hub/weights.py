@@ -14,18 +14,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsft import lora, sharding, tree
-from jaxsft.hub import names
-from jaxsft.hub.files import CheckpointError, Reader, Tensor, copy_companions, read_json, resolve, write, write_json
-from jaxsft.models import Family, Model, build, family_of, split
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.hub import msgpack, names
+from jaxsft.hub.files import (
+    DTYPES,
+    FLOATS,
+    CheckpointError,
+    Reader,
+    Tensor,
+    copy_companions,
+    has_safetensors,
+    read_json,
+    resolve,
+    write,
+    write_json,
+)
+from jaxsft.models import Family, Model, ModelConfig, build, family_of, split
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
-# Buffers that older checkpoints carry and that follow from the config.
-DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+Weights = Reader | msgpack.Reader
 
 
-def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Reads a folder's `config.json` through its family.
 
     Raises:
@@ -39,7 +49,16 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
-def shapes(config: DecoderConfig, cut: int | None = None) -> Tree:
+def open_weights(folder: Path) -> Weights:
+    """The tensors of a folder: its safetensors, or else what transformers' Flax models saved.
+
+    Raises:
+      CheckpointError: it has neither, or a file is truncated or corrupt.
+    """
+    return msgpack.Reader(folder) if msgpack.found(folder) and not has_safetensors(folder) else Reader(folder)
+
+
+def shapes(config: ModelConfig, cut: int | None = None) -> Tree:
     """The shapes of a model's parameters, without any memory; `cut` as for `models.split`."""
 
     def make(key: Key) -> Tree:
@@ -62,7 +81,7 @@ def load(
     """Loads a Hugging Face checkpoint.
 
     Args:
-      path: a folder with config.json and safetensors, or a hub name.
+      path: a folder with config.json and safetensors (or an old flax_model.msgpack), or a hub name.
       mesh: from `sharding.mesh`; one device by default. Every array lands sharded by its family's rules.
       dtype: of the computation and of the weights.
       full_precision: addresses ("params/...") whose weights are float32 whatever dtype is: those that will train.
@@ -85,18 +104,18 @@ def load(
     folder = resolve(path)
     family, config = read_config(folder)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    reader = Reader(folder)
+    reader = open_weights(folder)
     described = shapes(config, cut)
     leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
     params, wanted = {}, set()
     for path_, place in tree.flat(placed).items():
-        here, transposed = names.leaf_names(family, path_, leaves[path_].shape)
+        here, transposed = names.leaf_names(family, path_, leaves[path_].shape, reader.files)
         _check(reader, here, leaves[path_].shape, transposed)
         wanted |= set(here.flat)
         kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
         params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
-    spare = {names.name_of(family, "head/table").hf} if config.tied else set()
-    if unknown := sorted(n for n in set(reader.files) - wanted - spare if not n.endswith(DERIVED)):
+    spare = {copy for copy, _ in family.copies} if config.tied else set()
+    if unknown := sorted(n for n in set(reader.files) - wanted - spare if not names.unused(family, n)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
@@ -108,7 +127,7 @@ def _finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def _check(reader: Reader, here: np.ndarray, shape: tuple[int, ...], transposed: bool) -> None:
+def _check(reader: Weights, here: np.ndarray, shape: tuple[int, ...], transposed: bool) -> None:
     expected = shape[here.ndim :]
     expected = expected[::-1] if transposed else expected
     for name in here.flat:
@@ -158,7 +177,8 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
     Args:
       path: the folder to write.
       params: of the model that `source` describes.
-      source: the folder or hub name that gives config.json, tokenizer, chat template, generation config.
+      source: the folder or hub name that gives config.json, tokenizer, chat template, generation config; and, if it
+        holds weights, their names and what of them this model does not use (a pooler).
       shard_gb: the largest file, in 10^9 bytes.
       dtype: float32, bfloat16 or float16; by default what the config says, else float32.
 
@@ -177,16 +197,22 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
     folder, base = Path(path), resolve(source)
     family, config = read_config(base)
     raw = read_json(base / "config.json")
-    kind = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    kind = jnp.dtype(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    reader = open_weights(base) if has_safetensors(base) or msgpack.found(base) else None
+    files = reader.files if reader else {}
     known, out = names.by_address(family, params), []
-    for name, (address, transposed) in names.places(family, config).items():
+    for name, (address, transposed) in names.places(family, config, files).items():
         if address in known:
             leaf, index = known[address]
             shape = leaf.shape[len(index) :]
-            make = lambda leaf=leaf, index=index, t=transposed: fetch(leaf, index, transposed=t, dtype=jnp.dtype(kind))
-            out.append(Tensor(name, shape[::-1] if transposed else shape, jnp.dtype(kind), make))
+            make = lambda leaf=leaf, index=index, t=transposed: fetch(leaf, index, transposed=t, dtype=kind)
+            out.append(Tensor(name, shape[::-1] if transposed else shape, kind, make))
+    if reader:
+        read = reader.read
+        apart = [name for name in files if tree.matches(family.unused, name)]
+        out += [Tensor(n, reader.shape(n), kind, lambda n=n: read(n).astype(kind)) for n in apart]
     files = write(folder, out, shard_gb=shard_gb)
-    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind})
+    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind.name})
     copy_companions(base, folder)
     return files
 
@@ -224,10 +250,8 @@ def merge(
     if folder.exists() and folder.samefile(source):
         raise CheckpointError(f"{path} is the base itself; choose another folder to merge into")
     family, config = read_config(source)
-    reader, known = Reader(source), names.places(family, config)
-    if config.tied:  # some tied checkpoints carry the output layer all the same: it follows the embedding
-        head, table = (names.name_of(family, path).hf for path in ("head/table", "embed/table"))
-        known[head] = known[table]
+    reader = open_weights(source)
+    known = names.places(family, config, reader.files)
     new, low = names.by_address(family, trained or {}), names.by_address(family, adapter or {})
 
     def make(name: str) -> np.ndarray:
@@ -255,7 +279,8 @@ def merge(
         raise CheckpointError(
             f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"
         )
-    tensors = [Tensor(n, reader.shape(n), reader.dtype(n), lambda n=n: make(n)) for n in reader.files]
+    kinds = {n: reader.dtype(n, FLOATS if n in known else DTYPES) for n in reader.files}
+    tensors = [Tensor(n, reader.shape(n), kinds[n], lambda n=n: make(n)) for n in reader.files]
     files = write(folder, tensors, shard_gb=shard_gb)
     _write_config(folder, read_json(source / "config.json"))
     copy_companions(source, folder)

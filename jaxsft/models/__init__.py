@@ -1,9 +1,16 @@
-"""Models: one decoder, and a thin family file for each kind of checkpoint."""
+"""Models: one decoder and one encoder, and a thin family file for each kind of checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from jaxsft.models import (
+    bert,
+    decoder,
+    encoder,
     gemma,
     gemma2,
     gemma3,
@@ -19,12 +26,15 @@ from jaxsft.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
 )
-from jaxsft.models.decoder import Cache, DecoderConfig, Model, build, logits, span, split
-from jaxsft.models.family import Family, Name
+from jaxsft.models.decoder import Cache, DecoderConfig, Model, logits, span, split
+from jaxsft.models.encoder import EncoderConfig
+from jaxsft.models.family import Family, ModelConfig, Name
 
 FAMILIES: dict[str, Family] = {
+    "bert": bert.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
@@ -40,6 +50,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "roberta": roberta.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 
@@ -60,12 +71,34 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
+def build(
+    config: ModelConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+    mesh: Mesh | None = None,
+) -> Model:
+    """Makes the functions of a model, decoder or encoder as its config is; see `decoder.build`, `encoder.build`.
+
+    Example:
+      >>> build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64)).config.mlm
+      True
+    """
+    kind = {"dtype": dtype, "remat": remat, "lora_dropout": lora_dropout}
+    if isinstance(config, EncoderConfig):
+        return encoder.build(config, **kind)
+    return decoder.build(config, **kind, mesh=mesh)
+
+
 __all__ = [
     "FAMILIES",
     "Cache",
     "DecoderConfig",
+    "EncoderConfig",
     "Family",
     "Model",
+    "ModelConfig",
     "Name",
     "build",
     "family_of",

@@ -1,8 +1,8 @@
 """Grouped-query attention over packed rows and over a cache.
 
-One rule decides who sees whom, for training, prefill and decoding alike: same segment, not later, within the window.
-Queries go in blocks, and a block meets only the keys up to its own end: half the products of the square, and no
-[T, T] score is kept for the backward pass, which computes a block's scores again.
+One rule decides who sees whom, for training, prefill and decoding alike: same segment, not later, within the window;
+in an encoder the same segment alone. Queries go in blocks, and a causal block meets only the keys up to its own end:
+half the products of the square, and no [T, T] score is kept for the backward pass, which computes a block's again.
 """
 
 import functools
@@ -25,8 +25,12 @@ class Where(NamedTuple):
     segments: Int[Array, "B T"]
 
 
-def visible(query: Where, key: Where, window: Int[Array, ""] | int = NO_WINDOW) -> Bool[Array, "B T S"]:
+def visible(
+    query: Where, key: Where, window: Int[Array, ""] | int = NO_WINDOW, *, causal: bool = True
+) -> Bool[Array, "B T S"]:
     """Which keys each query attends to: its own document's, up to itself, at most `window` positions back.
+
+    Where it is not causal: all of its own document's, before and behind it, whatever the window.
 
     Two documents and one padding token in a row, `x` for visible:
 
@@ -42,8 +46,10 @@ def visible(query: Where, key: Where, window: Int[Array, ""] | int = NO_WINDOW) 
       >>> visible(where, where)[0].astype(int).tolist()
       [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     """
-    distance = query.positions[:, :, None] - key.positions[:, None, :]
     same = query.segments[:, :, None] == key.segments[:, None, :]
+    if not causal:
+        return same
+    distance = query.positions[:, :, None] - key.positions[:, None, :]
     return same & (distance >= 0) & (distance < window)
 
 
@@ -82,6 +88,7 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
     ordered: bool = False,
+    causal: bool = True,
 ) -> Float[Array, "B T N H"]:
     """Softmax(q k / sqrt(H)) v over the visible keys; N query heads share K key heads in groups of N / K.
 
@@ -93,19 +100,21 @@ def attend(
         arXiv:2309.17453, section 3.3; gpt-oss).
       scale: of the scores, in 1 / sqrt(H)'s place.
       soft_cap: bounds the scores, cap tanh(score / cap) (Gemma 2, arXiv:2408.00118, section 2).
-      ordered: T = S and no query needs a key further right in its row, as in training rows: work is skipped.
+      ordered: T = S and tokens stand as in training rows, where no causal query needs a key further right: queries go
+        in blocks, and work is skipped.
+      causal: a token sees nothing behind it; otherwise its whole document, as in an encoder.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; groups: Ainslie et al. 2023, arXiv:2305.13245.
     """
     T = q.shape[1]
     if not ordered:
-        return _block(q, k, v, visible(query, key, window), scale, sinks, soft_cap)
+        return _block(q, k, v, visible(query, key, window, causal=causal), scale, sinks, soft_cap)
     block = max(BLOCK, -(-T // MOST_BLOCKS))
     again = jax.checkpoint(functools.partial(_block, scale=scale, sinks=sinks, soft_cap=soft_cap))
     out = []
     for start in range(0, T, block):
-        rows, upto = slice(start, start + block), slice(0, start + block)
+        rows, upto = slice(start, start + block), slice(0, start + block if causal else T)
         here = Where(query.positions[:, rows], query.segments[:, rows])
         there = Where(key.positions[:, upto], key.segments[:, upto])
-        out.append(again(q[:, rows], k[:, upto], v[:, upto], visible(here, there, window)))
+        out.append(again(q[:, rows], k[:, upto], v[:, upto], visible(here, there, window, causal=causal)))
     return jnp.concatenate(out, axis=1)

@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,9 @@ from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, R
 from jaxsft.models.moe import Mixture, MoE, balance
 from jaxsft.tree import Tree
 from jaxsft.types import Key
+
+if TYPE_CHECKING:
+    from jaxsft.models.encoder import EncoderConfig
 
 REMAT: dict[str, Callable | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -100,7 +103,7 @@ class Model(NamedTuple):
     variables is {"params": ..., "lora": ...}, the second only with an adapter.
     """
 
-    config: DecoderConfig
+    config: "DecoderConfig | EncoderConfig"
     init: Callable[[Key], Tree]  # key -> params
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None)
     learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
@@ -335,14 +338,18 @@ def build(
     final_norm = _norm(config)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
-    def embed(embedding: Mapping, tokens: Array, positions: Array) -> Array:
+    def embed(embedding: Mapping, tokens: Array, positions: Array, cached: bool) -> Array:
         x = embedding["table"][tokens].astype(dtype)
         x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
-        return x + embedding["positions"][positions].astype(dtype) if config.learned_positions else x
+        if not config.learned_positions:
+            return x
+        # A position that the table does not have is NaN, which training refuses; with a cache it only pads a prompt.
+        mode = {"mode": "clip"} if cached else {"mode": "fill", "fill_value": jnp.nan}
+        return x + embedding["positions"].at[positions].get(**mode).astype(dtype)
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
         params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
-        x = embed(params["embed"], tokens, where.positions)
+        x = embed(params["embed"], tokens, where.positions, cache is not None)
         slots = None
         if cache is not None:
             S = cache.k.shape[2]

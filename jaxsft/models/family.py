@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from jax.sharding import PartitionSpec
 
 from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.rope import KINDS, Rope
 
+ModelConfig = DecoderConfig | EncoderConfig
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
@@ -36,9 +38,14 @@ def dense(here: str, there: str, *, transposed: bool = True) -> tuple[Name, Name
 
 
 class Family(NamedTuple):
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
     names: tuple[Name, ...]  # those that a config leaves out (biases, an untied head) are simply not in its tree
     rules: Rules  # (path pattern, PartitionSpec), first match; there is no catch-all
+    prefix: str = ""  # of the names of all but the heads; a checkpoint of the base model alone leaves it out
+    copies: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
+    """(name, name): where weights are tied, a file may hold one under a second name; it follows the first"""
+    unused: tuple[str, ...] = ()  # patterns over names of tensors that nothing here computes with: copied as they are
+    task: str | None = "CAUSAL_LM"  # PEFT's word for what the model does
 
 
 # Bookkeeping, training-time and generation-time keys: none changes the logits of a loaded model.

@@ -65,4 +65,5 @@ NAMES: tuple[Name, ...] = (
     Name("head/table", "lm_head.weight"),
 )
 
-FAMILY = Family(read_config, NAMES, RULES)
+TIED = ("lm_head.weight", "transformer.wte.weight")
+FAMILY = Family(read_config, NAMES, RULES, prefix="transformer.", copies=(TIED,))

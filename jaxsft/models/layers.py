@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / deviation * scale + bias, in float32 (Ba et al. 2016, arXiv:1607.06450, eq. 3)."""
+    """(x - mean) / deviation * scale + bias, in float32, rounded once (Ba et al. 2016, arXiv:1607.06450, eq. 4)."""
 
     eps: float
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxsft import hub, lora, models, objectives, sharding, tree
 from jaxsft.hub import names
-from jaxsft.models import FAMILIES
+from jaxsft.models import FAMILIES, EncoderConfig
 from jaxsft.types import Tokens
 
 SMALL = {
@@ -24,23 +24,38 @@ SMALL = {
 }
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+SHAPES = {"gpt2": GPT2, "bert": ENCODER, "roberta": ENCODER}  # of the families that have no SMALL
 OWN = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"shared_expert_intermediate_size": 40, **MOE},
     "qwen3_moe": {"mlp_only_layers": [0], **MOE},
 }
-NO_HEAD_DIM = {"phi3"}
+ENCODERS = {"bert": "Bert", "roberta": "Roberta"}  # and how their architectures are named
 family = pytest.mark.parametrize("kind", FAMILIES)
+encoder = pytest.mark.parametrize("kind", ENCODERS)
+decoder = pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in ENCODERS])
 
 
-def config_of(kind: str, **more):
-    shape = (
-        GPT2
-        if kind == "gpt2"
-        else {key: value for key, value in SMALL.items() if key != "head_dim" or kind not in NO_HEAD_DIM}
-    )
-    return FAMILIES[kind].read_config({"model_type": kind, **shape, **OWN.get(kind, {}), **more})
+def config_of(kind: str, *, headless: bool = False, **more):
+    if kind in ENCODERS:
+        more["architectures"] = [ENCODERS[kind] + ("Model" if headless else "ForMaskedLM")]
+    return FAMILIES[kind].read_config({"model_type": kind, **SHAPES.get(kind, SMALL), **OWN.get(kind, {}), **more})
+
+
+def objective(model):
+    """What a model learns: a decoder the next token, an encoder the hidden ones."""
+    if isinstance(model.config, EncoderConfig):
+        return objectives.masked(model, mask_id=3, ordinary=np.arange(4, 64), rate=0.4)
+    return objectives.supervised(model)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +73,11 @@ def built():
 
 @family
 def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
-    for tied in (True, False):
-        shapes = hub.shapes(config_of(kind, tie_word_embeddings=tied))
+    for more in (True, False):  # a decoder with an output layer of its own and without, an encoder with a head
+        encodes = kind in ENCODERS
+        shapes = hub.shapes(
+            config_of(kind, headless=not more) if encodes else config_of(kind, tie_word_embeddings=more)
+        )
         mesh = sharding.mesh(2, 2, 2)
         placed = tree.flat(sharding.shardings(shapes, FAMILIES[kind].rules, mesh))
         found = []
@@ -72,7 +90,8 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
             found += here.flat
         assert len(found) == len(set(found))
         assert any("tensor" in placed[p].spec for p in placed)
-        assert (names.name_of(FAMILIES[kind], "head/table").hf in found) != tied
+        head = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}.get(kind, "lm_head.weight")
+        assert (head in found) == (more if encodes else not more)
 
 
 @family
@@ -81,14 +100,15 @@ def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     adapter = lora.init(jax.random.key(1), params, lora.LoRA(rank=2))
     placed = sharding.shardings(adapter, lora.rules(FAMILIES[kind].rules), sharding.mesh(2, 2, 2))
     assert tree.flat(placed).keys() == tree.flat(adapter).keys()
-    kernels = [path for path in tree.flat(params) if path.endswith("/kernel") and "/router" not in path]
-    kernels = [path for path in kernels if not path.endswith("shared_gate/kernel")]
-    assert len(tree.flat(adapter)) == 3 * len(kernels)
+    kernels = [path for path in tree.flat(params) if path.endswith("/kernel")]
+    # Heads, and what decides instead of computing, get no adapter unless their name is given.
+    outside = [path for path in kernels if path.endswith(("mlm/dense/kernel", "router/kernel", "shared_gate/kernel"))]
+    assert len(tree.flat(adapter)) == 3 * (len(kernels) - len(outside))
     noisy = jax.tree.map(lambda x: x + 0.1, adapter)  # B = 0 would give A no gradient
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
     ones = jnp.ones_like(tokens)
     batch = Tokens(tokens, ones > 0, jnp.arange(12) * ones, ones)
-    loss = lambda low: objectives.supervised(model)({"params": params, "lora": low}, batch, None).loss
+    loss = lambda low: objective(model)({"params": params, "lora": low}, batch, None).loss
     for path, grad in tree.flat(jax.jit(jax.grad(loss))(noisy)).items():
         assert np.abs(grad).max() > 0, path
 
@@ -104,7 +124,7 @@ def test_merged_answers_as_base_and_adapter(kind, built):
 
 
 @family
-def test_packed_padded_and_cached_agree_with_alone(kind, built):
+def test_packed_and_padded_agree_with_alone(kind, built):
     model, params = built(kind)
     run = jax.jit(lambda *args: model.features({"params": params}, *args))
     ids = np.arange(40, dtype=np.int32) * 7 % 64
@@ -115,11 +135,37 @@ def test_packed_padded_and_cached_agree_with_alone(kind, built):
     packed = run(row, positions, segments)[0]
     np.testing.assert_allclose(packed[:9], alone[0], atol=1e-5)
     np.testing.assert_allclose(packed[9:20], alone[1], atol=1e-5)
+
+
+@decoder
+def test_cached_agrees_with_alone(kind, built):
+    model, params = built(kind)
+    ids = np.arange(40, dtype=np.int32) * 7 % 64
+    alone = jax.jit(model.features)({"params": params}, ids[None, :9])[0]
     cache, steps = model.cache(1, 16), []
     for at in (slice(0, 5), slice(5, 6), slice(6, 9)):
         out, cache = model.extend({"params": params}, ids[None, at], np.arange(9)[None, at], cache)
         steps.append(out[0])
-    np.testing.assert_allclose(np.concatenate(steps), alone[0], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(steps), alone, atol=1e-5)
+
+
+@encoder
+def test_an_encoder_sees_both_sides_and_does_not_generate(kind, built):
+    model, params = built(kind)
+    ids = np.arange(9, dtype=np.int32)[None] * 7 % 64
+    first, other = (model.features({"params": params}, row)[0] for row in (ids, np.where(ids == ids[0, 8], 1, ids)))
+    assert np.abs(first[0] - other[0]).max() > 1e-4
+    for ask in (lambda: model.cache(1, 16), lambda: model.extend({"params": params}, ids, ids, None)):
+        with pytest.raises(ValueError, match="an encoder does not generate"):
+            ask()
+    with pytest.raises(ValueError, match="an encoder reads the next token before it predicts it"):
+        objectives.supervised(model)
+
+
+@decoder
+def test_a_decoder_is_not_taught_masked_tokens(kind, built):
+    with pytest.raises(ValueError, match="train.objective masked is for encoders, and this model is a decoder"):
+        objectives.masked(built(kind)[0], mask_id=0, ordinary=np.arange(4, 64))
 
 
 @family

@@ -1,0 +1,132 @@
+"""BERT, and the sentence encoders that are BERTs without a head: MiniLM, BGE, E5.
+
+Source: Devlin et al. 2018, arXiv:1810.04805.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+
+from jaxsft.models.encoder import EncoderConfig
+from jaxsft.models.family import Family, Name, Reader, Rules
+
+# Of training, of heads that are not computed here, and of ways to compute the same.
+NEUTRAL = (
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "directionality",
+    "gradient_checkpointing",
+    "hidden_dropout_prob",
+    "output_past",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+)
+
+
+def read_encoder(read: Reader, kind: str, *, padding: int | None = None) -> EncoderConfig:
+    """Reads what BERT and its relatives have in common, and whether there is a head that predicts masked tokens.
+
+    Args:
+      read: of the config.
+      kind: how the names of architectures begin.
+      padding: the token whose position comes before those of documents, where the table has one for it (RoBERTa).
+
+    Raises:
+      ValueError: an architecture with another head, or a key at a value that is not supported.
+    """
+    heads = {f"{kind}ForMaskedLM": True, f"{kind}ForPreTraining": True, f"{kind}Model": False}
+    named = read("architectures", [f"{kind}Model"])
+    if unknown := sorted(set(named) - set(heads)):
+        raise ValueError(f"config.json names the architecture {unknown[0]!r}; supported are {', '.join(heads)}")
+    mlm, first = any(heads[name] for name in named), 0 if padding is None else padding + 1
+    read.expect("position_embedding_type", "absolute")
+    read.expect("is_decoder", False)
+    read.expect("add_cross_attention", False)
+    read.expect("tie_word_embeddings", True, *([] if mlm else [False]))
+    for key in NEUTRAL:
+        read(key, None)
+    activation = read("hidden_act", "gelu")
+    return EncoderConfig(
+        vocab_size=read("vocab_size"),
+        hidden=read("hidden_size"),
+        mlp_hidden=read("intermediate_size"),
+        layers=read("num_hidden_layers"),
+        heads=read("num_attention_heads"),
+        max_position=read("max_position_embeddings", 512) - first,
+        first_position=first,
+        types=read("type_vocab_size", 2),
+        norm_eps=read("layer_norm_eps", 1e-12),
+        activation=activation,
+        mlm=mlm,
+        mlm_activation=activation,
+    )
+
+
+def read_config(config: Mapping[str, Any]) -> EncoderConfig:
+    read = Reader(config)
+    shape = read_encoder(read, "Bert")
+    read.finish()
+    return shape
+
+
+def _dense(here: str, there: str) -> tuple[Name, Name]:
+    return Name(f"{here}/kernel", f"{there}.weight", transposed=True), Name(f"{here}/bias", f"{there}.bias")
+
+
+def _norm(here: str, there: str) -> tuple[Name, Name]:
+    return Name(f"{here}/scale", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
+
+
+def names(base: str, dense: str, norm: str, bias: str) -> tuple[Name, ...]:
+    """The names of a BERT called `base`, and those of its head."""
+    layer = f"{base}.encoder.layer.{{layer}}"
+    return (
+        Name("embed/table", f"{base}.embeddings.word_embeddings.weight"),
+        Name("embed/positions", f"{base}.embeddings.position_embeddings.weight"),
+        Name("embed/types", f"{base}.embeddings.token_type_embeddings.weight"),
+        *_norm("embed/norm", f"{base}.embeddings.LayerNorm"),
+        *_dense("blocks/attn/q", f"{layer}.attention.self.query"),
+        *_dense("blocks/attn/k", f"{layer}.attention.self.key"),
+        *_dense("blocks/attn/v", f"{layer}.attention.self.value"),
+        *_dense("blocks/attn/o", f"{layer}.attention.output.dense"),
+        *_norm("blocks/attn_norm", f"{layer}.attention.output.LayerNorm"),
+        *_dense("blocks/mlp/up", f"{layer}.intermediate.dense"),
+        *_dense("blocks/mlp/down", f"{layer}.output.dense"),
+        *_norm("blocks/mlp_norm", f"{layer}.output.LayerNorm"),
+        *_dense("mlm/dense", dense),
+        *_norm("mlm/norm", norm),
+        Name("mlm/bias", bias),
+    )
+
+
+# As Llama's: `tensor` cuts heads, hidden units of the MLP and the vocabulary, `fsdp` the rest.
+RULES: Rules = (
+    ("embed/table", P("tensor", "fsdp")),
+    ("embed/(positions|types)", P(None, "fsdp")),
+    ("embed/norm/(scale|bias)", P(None)),
+    ("blocks/[^/]+/(attn/[qkv]|mlp/up)/kernel", P(None, "fsdp", "tensor")),
+    ("blocks/[^/]+/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
+    ("blocks/[^/]+/(attn/[qkv]|mlp/up)/bias", P(None, "tensor")),
+    ("blocks/[^/]+/(attn/o|mlp/down)/bias", P(None, None)),
+    ("blocks/[^/]+/(attn|mlp)_norm/(scale|bias)", P(None, None)),
+    ("mlm/dense/kernel", P("fsdp", "tensor")),
+    ("mlm/(dense/)?bias", P("tensor")),
+    ("mlm/norm/(scale|bias)", P(None)),
+)
+
+FAMILY = Family(
+    read_config,
+    names("bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    RULES,
+    prefix="bert.",
+    copies=(
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+    unused=(r"(bert\.)?pooler\..*", r"cls\.seq_relationship\..*"),
+    task=None,
+)
