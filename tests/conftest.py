@@ -89,8 +89,6 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     N, K = config["num_attention_heads"] * H, config["num_key_value_heads"] * H
     kind = config["model_type"]
     qwen2 = kind in ("qwen2", "qwen2_moe")
-    if kind == "gpt2":
-        return gpt2_shapes(config)
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (V, D)
@@ -231,7 +229,9 @@ def tiny(tmp_path_factory):
         config = {**SHAPES.get(family, SHAPE), **OWN[family], **size, **config}
         config |= {"model_type": family, "torch_dtype": dtype, "tie_word_embeddings": tied or encodes}
         draw, tensors = np.random.default_rng(seed), {}
-        for name, shape in (encoder_shapes if encodes else hf_shapes)(config).items():
+        for name, shape in (encoder_shapes if encodes else gpt2_shapes if family == "gpt2" else hf_shapes)(
+            config
+        ).items():
             noise = draw.standard_normal(shape, np.float32)
             scales = ("norm" in name.lower() or ".ln_" in name) and name.endswith("weight")
             tensors[name] = (1 + 0.3 * noise if scales else 0.2 * noise).astype(DTYPES[dtype])
