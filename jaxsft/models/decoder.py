@@ -87,7 +87,8 @@ class Cache(NamedTuple):
 class Model(NamedTuple):
     """A model as pure functions, in the manner of `optax.GradientTransformation`.
 
-    variables is {"params": ..., "lora": ...}, the second only with an adapter.
+    variables is {"params": ..., "lora": ..., "packed": ...}: the second only with an adapter, the third only where
+    kernels are packed (`quant`) instead of being parameters.
     """
 
     config: DecoderConfig
@@ -168,7 +169,7 @@ def split(params: Tree, at: int) -> Tree:
     """Cuts the stack of layers before layer `at`, so that lower and upper layers can differ in what trains.
 
     Args:
-      params: the parameters, or shapes of them.
+      params: the parameters, or shapes of them; or another tree of stacks beside them, such as packed kernels.
       at: the first layer of the upper part.
 
     Returns:
@@ -251,7 +252,8 @@ def build(
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
-        params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
+        params = variables["params"]
+        beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         x = params["embed"]["table"][tokens].astype(dtype)
         x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
         cos, sin, kind_of = _turns(config, where.positions)
@@ -271,7 +273,7 @@ def build(
         caches = []
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)
-            weights = {"params": stack, "lora": lora[name]} if name in lora else {"params": stack}
+            weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             old = (
                 None
                 if cache is None
