@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
-    {"tree", "types", "config", "run", "report"},
+    {"tree", "types", "config", "run", "report", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim"},
     {"hub", "objectives", "sample", "tuning", "checkpoint"},
     {"train", "results"},
     {"session", "sections"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
-GROUND = {"report": {"run"}, "types": {"tree"}, "run": set(), "config": set()}
+GROUND = {"report": {"run"}, "types": {"tree"}, "quant": {"tree"}, "run": set(), "config": set()}
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted((ROOT / "jaxsft").rglob("*.py"))
 

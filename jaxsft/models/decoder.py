@@ -100,7 +100,8 @@ class Cache(NamedTuple):
 class Model(NamedTuple):
     """A model as pure functions, in the manner of `optax.GradientTransformation`.
 
-    variables is {"params": ..., "lora": ...}, the second only with an adapter.
+    variables is {"params": ..., "lora": ..., "packed": ...}: the second only with an adapter, the third only where
+    kernels are packed (`quant`) instead of being parameters.
     """
 
     config: "DecoderConfig | EncoderConfig"
@@ -210,7 +211,7 @@ def split(params: Tree, at: int) -> Tree:
     """Cuts the stack of layers before layer `at`, so that lower and upper layers can differ in what trains.
 
     Args:
-      params: the parameters, or shapes of them.
+      params: the parameters, or shapes of them; or another tree of stacks beside them, such as packed kernels.
       at: the first layer of the upper part.
 
     Returns:
@@ -348,7 +349,8 @@ def build(
         return x + embedding["positions"].at[positions].get(**mode).astype(dtype)
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
-        params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
+        params = variables["params"]
+        beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         x = embed(params["embed"], tokens, where.positions, cache is not None)
         slots = None
         if cache is not None:
@@ -367,10 +369,10 @@ def build(
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)
             own = slice(layers.start, layers.stop)
-            weights = {"params": stack, "lora": lora[name]} if name in lora else {"params": stack}
+            weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             old = None if cache is None else Cache(cache.k[own], cache.v[own])
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
-            step = functools.partial(layer, blocks["moe" in stack])
+            step = functools.partial(layer, blocks[config.moe is not None and layers.start not in config.moe.dense])
             step = step if remat == "none" else jax.checkpoint(step, policy=REMAT[remat])
             x, (new, routing) = jax.lax.scan(step, x, (weights, windows[own], kind_of[own], old, keys))
             caches.append(new)

@@ -170,10 +170,11 @@ def build(
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat])
-        x, adapters = embed(params["embed"], tokens, positions), lora.get("blocks", {})
+        x = embed(params["embed"], tokens, positions)
+        beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)
-            weights = {"params": stack, "lora": adapters[name]} if name in adapters else {"params": stack}
+            weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
             x, _ = jax.lax.scan(layer, x, (weights, keys))
         if not config.mlm:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsft import quant
+
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -22,7 +24,8 @@ ACTIVATIONS: dict[str, Callable] = {
 class Dense(nn.Module):
     """y = x W + bias + scale (x A) B, the last term if the collection "lora" has this layer.
 
-    x A comes first, so the full-size A B is never formed (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    W is the parameter "kernel", or what the collection "packed" has for this layer. x A comes first, so the full-size
+    A B is never formed (Hu et al. 2021, arXiv:2106.09685, eq. 3).
     """
 
     features: int
@@ -34,7 +37,10 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         *rows, width = x.shape
         x = x.reshape(-1, width)  # the gradients of A and B are plain matrix products then: on a CPU twice as fast
-        y = x @ self.param("kernel", self.init, (width, self.features)).astype(x.dtype)
+        if packed := self.variables.get("packed"):
+            y = quant.product(x, packed)
+        else:
+            y = x @ self.param("kernel", self.init, (width, self.features)).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.has_variable("lora", "a"):

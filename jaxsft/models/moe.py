@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsft import quant
 from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP
 
 ROWS, EXPERTS = ("data", "fsdp"), "tensor"  # the mesh axes that share out tokens and experts
@@ -65,7 +66,7 @@ def balance(routing: Routing) -> Float[Array, ""]:
 
 
 class Bank(nn.Module):
-    """The leaves of one product of all experts, kernel and bias and whatever the adapter has for it."""
+    """The leaves of one product of all experts: kernel, packed or not, bias, and what the adapter has for it."""
 
     experts: int
     width: int
@@ -74,17 +75,24 @@ class Bank(nn.Module):
     init: Callable
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        leaves = {"kernel": self.param("kernel", self.init, (self.experts, self.width, self.features))}
+    def __call__(self) -> dict[str, Any]:
+        leaves: dict[str, Any] = {"packed": dict(self.variables["packed"])} if "packed" in self.variables else {}
+        if not leaves:
+            leaves = {"kernel": self.param("kernel", self.init, (self.experts, self.width, self.features))}
         if self.use_bias:
             leaves["bias"] = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
         return leaves | dict(self.variables.get("lora", {}))
 
 
-def _product(x: Float[Array, "M I"], bank: Mapping[str, Array], sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+@jax.checkpoint  # what the backward pass keeps is the codes
+def _packed(x: Array, packed: Mapping[str, Array], sizes: Array) -> Array:
+    return jax.lax.ragged_dot(x, quant.unpack(packed, x.dtype), sizes)
+
+
+def _product(x: Float[Array, "M I"], bank: Mapping[str, Any], sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
     """x W_e + bias_e + scale_e (x A_e) B_e for the rows of each expert e, which lie in order and number sizes[e]."""
     leaf = lambda name: bank[name].astype(x.dtype)
-    y = jax.lax.ragged_dot(x, leaf("kernel"), sizes)
+    y = _packed(x, bank["packed"], sizes) if "packed" in bank else jax.lax.ragged_dot(x, leaf("kernel"), sizes)
     if "bias" in bank:
         y = y + jnp.repeat(leaf("bias"), sizes, axis=0, total_repeat_length=x.shape[0])
     if "a" in bank:
@@ -93,11 +101,15 @@ def _product(x: Float[Array, "M I"], bank: Mapping[str, Array], sizes: Int[Array
     return y
 
 
+def _count(banks: Any) -> int:
+    return jax.tree.leaves(banks)[0].shape[0]  # every leaf has the experts in front
+
+
 def mixture(
     x: Float[Array, "N D"],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    banks: Mapping[str, Mapping[str, Array]],
+    banks: Mapping[str, Mapping[str, Any]],
     act: Callable[[Mapping[str, Array]], Array],
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "N D"]:
@@ -112,7 +124,7 @@ def mixture(
       first: the number of the first expert here; the answers of experts elsewhere count as 0.
     """
     N, K = chosen.shape
-    E = banks["down"]["kernel"].shape[0]
+    E = _count(banks)
     here = chosen.reshape(-1) - first
     here = jnp.where((here >= 0) & (here < E), here, E)  # what is elsewhere sorts behind
     order = jnp.argsort(here, stable=True)
@@ -135,7 +147,7 @@ class Experts(nn.Module):
     out_init: Callable
 
     @nn.compact
-    def __call__(self) -> dict[str, dict[str, Array]]:
+    def __call__(self) -> dict[str, dict[str, Any]]:
         usual = nn.initializers.normal(0.02)
         start = lambda name: self.out_init if name == "down" else usual
         bank = lambda name, width, features: Bank(
@@ -192,12 +204,12 @@ def _spread(mesh: Mesh | None, x: Array, chosen: Array, weights: Array, banks: A
     """`mixture` with tokens shared out over `ROWS` and experts over `EXPERTS`, as far as the numbers divide."""
     if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in ROWS):
         return mixture(x, chosen, weights, banks, act)
-    cut = EXPERTS if banks["down"]["kernel"].shape[0] % mesh.shape[EXPERTS] == 0 else None
+    cut = EXPERTS if _count(banks) % mesh.shape[EXPERTS] == 0 else None
 
     def own(x, chosen, weights, banks):
         if cut is None:
             return mixture(x, chosen, weights, banks, act)
-        first = jax.lax.axis_index(EXPERTS) * banks["down"]["kernel"].shape[0]
+        first = jax.lax.axis_index(EXPERTS) * _count(banks)
         # Each device's experts pull on the same tokens: said here, or the gradients of those are not summed.
         x, weights = (jax.lax.pcast(part, EXPERTS, to="varying") for part in (x, weights))
         return jax.lax.psum(mixture(x, chosen, weights, banks, act, first), EXPERTS)
