@@ -51,11 +51,12 @@ def expect(objective: Literal["causal", "masked"], config: ModelConfig) -> None:
         )
 
 
-def supervised(model: Model) -> Objective:
+def supervised(model: Model, *, chunk: int | None = None) -> Objective:
     """Next-token prediction of the learned tokens: SFT, and pre-training where every token is learned.
 
     Args:
       model: from `hub.load` or `models.build`.
+      chunk: tokens whose scores exist at one time, see `losses.logprobs`.
 
     Returns:
       (variables, Tokens, key) -> Sums: the summed negative log-likelihood in nats, and the number of tokens it is over.
@@ -79,7 +80,7 @@ def supervised(model: Model) -> Objective:
     def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
         targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)
         features, crowding = model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
-        bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap}
+        bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
         lp = losses.logprobs(features, model.output(variables), targets, mask, **bent)
         loss, weight, moe = losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), model.config.moe
         if key is None or moe is None:
@@ -96,6 +97,7 @@ def masked(
     ordinary: Int[np.ndarray, "K"],
     continues: Bool[np.ndarray, "V"] | None = None,
     rate: float = 0.15,
+    chunk: int | None = None,
 ) -> Objective:
     """Prediction of masked tokens from both sides, each where it stands; see `losses.mask_tokens`.
 
@@ -107,6 +109,7 @@ def masked(
       mask_id, ordinary, continues: from `data.masking`; only tokens that are ordinary, and that the batch's mask marks,
         are chosen.
       rate: the share of them that is.
+      chunk: as for `supervised`.
 
     Returns:
       (variables, Tokens, key) -> Sums: the summed negative log-likelihood in nats, and the number of tokens it is over.
@@ -144,7 +147,7 @@ def masked(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_mask, _sum(batch.tokens))
         corrupted, chosen = jax.vmap(mask)(keys, batch.tokens, candidates)
         features = model.features(variables, corrupted, batch.positions, batch.segments, dropout=dropout)
-        lp = losses.logprobs(features, model.output(variables), batch.tokens, chosen)
+        lp = losses.logprobs(features, model.output(variables), batch.tokens, chosen, chunk=chunk)
         return Sums(losses.sft(lp, chosen).sum(), chosen.sum().astype(jnp.float32), {})
 
     return objective

@@ -34,6 +34,11 @@ class Config:
     """delete a former run in output_dir first: its metrics, curve, checkpoints, adapter and merged model"""
     samples: int = 6
     """held-out rows that are answered before and after, for people to read"""
+    plan: bool = False
+    """print what the run would need of each device, as the compiler sees it, and stop before any weight is read; a mesh
+    that names all its lengths may have more devices than this machine"""
+    device_gb: float | None = None
+    """with plan: the memory of a device in 10^9 bytes; by default what the device says"""
     distributed: bool = False
     """several hosts work together; off TPU pods and SLURM the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID tell who they are"""

@@ -1,0 +1,233 @@
+"""Pre-flight: what a run needs of each device, as the compiler sees it, before any weight is read.
+
+The step is compiled for arrays that do not exist, of the shapes and shardings that the run would have, and XLA's own
+`memory_analysis` says what it takes. Where that does not fit, single changes are compiled likewise. The mesh may have
+more devices than this machine: CPU devices then stand for them.
+
+On a CPU XLA computes bfloat16 in float32, and orders its loops to its own liking: what it says of working memory is
+near what a GPU or TPU takes, not equal to it. On the machine of the run the figures are those of the run.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxsft import hub, losses, optim, report, sharding, train, tree, tuning
+from jaxsft.models import Model
+from jaxsft.objectives import Objective
+from jaxsft.tree import Tree
+from jaxsft.types import State, Tokens
+
+# On a CPU alone: else the float32 copy of a bfloat16 kernel is made of all layers at once, before the loop over them.
+AS_ELSEWHERE = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"}
+
+
+class Sections(NamedTuple):
+    """The parts of a run's configuration that decide how much memory it takes."""
+
+    model: hub.Config
+    tuning: tuning.Config
+    optim: optim.Config
+    train: train.Config
+    mesh: sharding.Config
+    length: int  # tokens of a row
+
+
+class Need(NamedTuple):
+    """Bytes on one device, and parameters in all."""
+
+    weights: int
+    optimizer: int
+    batch: int
+    working: int  # activations, gradients and what else comes and goes within a step
+    logits: int  # of `working`: the float32 scores of the tokens that meet the output layer at one time
+    parameters: int
+    trained: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.batch + self.working
+
+
+def pretend(mesh: sharding.Config) -> None:
+    """Makes as many CPU devices as `mesh` names, where it names them all; call it before anything asks for devices."""
+    if (count := _count(mesh)) > 0:
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _count(mesh: sharding.Config) -> int:
+    """The devices that a mesh names; 0 where it takes what there is."""
+    lengths = dataclasses.astuple(mesh)
+    return math.prod(lengths) if min(lengths) > 0 else 0
+
+
+def _mesh(config: sharding.Config) -> tuple[Mesh, bool]:
+    """The mesh, and whether CPU devices stand for others."""
+    count, lengths = _count(config), dataclasses.astuple(config)
+    if count and count != len(jax.devices()):
+        return sharding.mesh(*lengths, devices=jax.devices("cpu")[:count]), True
+    return sharding.mesh(*lengths), bool(count) and count > 1 and jax.default_backend() == "cpu"
+
+
+def abstract_state(trainable: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """`train.init` of arrays that do not exist; moments lie as the weights they belong to.
+
+    Args:
+      trainable: shapes with shardings.
+      tx: an Optax transformation.
+      mesh: where it would run.
+    """
+    placed = lambda x, where=None: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where or sharding.whole(mesh))
+    moments: Any = optax.tree.map_params(
+        tx,
+        lambda x, like: placed(x, like.sharding),
+        jax.eval_shape(tx.init, trainable),
+        trainable,
+        transform_non_params=placed,
+    )
+    scalar: Any = placed(jax.ShapeDtypeStruct((), jnp.int32))
+    key: Any = placed(jax.eval_shape(lambda: jax.random.key(0)))
+    return State(scalar, trainable, moments, key)
+
+
+def bytes_of(arrays: Any) -> int:
+    """Bytes on one device of shapes with shardings.
+
+    Example:
+      >>> one = sharding.whole(sharding.mesh(devices=jax.devices()[:1]))
+      >>> bytes_of({"w": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=one)})
+      32
+    """
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def measure(objective: Callable[[Model, int | None], Objective], sections: Sections) -> Need:
+    """Compiles the step of a run and asks what it takes.
+
+    Args:
+      objective: (model, tokens whose scores exist at one time, None for the backend's own) -> objective.
+      sections: of the run's configuration.
+
+    Raises:
+      CheckpointError, ValueError: config.json or the sections cannot be used.
+    """
+    s, (mesh, stands_in) = sections, _mesh(sections.mesh)
+    family, shape = hub.read_config(hub.resolve(s.model.path))
+    plan = tuning.plan(s.tuning, shape.layers)
+    model, base = hub.abstract(
+        s.model.path,
+        mesh,
+        dtype=jnp.dtype(s.model.dtype),
+        remat=s.model.remat,
+        full_precision=plan.trainable,
+        cut=plan.cut,
+        lora_dropout=plan.lora.dropout if plan.lora else 0.0,
+        quantise=s.model.quantise,
+    )
+    trainable, frozen = tuning.apply(plan, base, jax.random.key(0), mesh=mesh, rules=family.rules)
+    tx, _ = optim.build(s.optim, 1)
+    state = abstract_state(trainable, tx, mesh)
+    rows = lambda dtype: jax.ShapeDtypeStruct((s.train.batch_size, s.length), dtype, sharding=sharding.rows(mesh))
+    batch: Any = Tokens(rows(jnp.int32), rows(jnp.bool_), rows(jnp.int32), rows(jnp.int32))
+    chunk = losses.CHUNK if stands_in else None
+    step: Any = train.make_step(
+        objective(model, chunk), tx, microbatches=s.train.microbatches, shardings=sharding.of(state)
+    )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    compiled = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
+    found = compiled.memory_analysis()
+    weights, moments, tokens = bytes_of((trainable, frozen)), bytes_of(state.opt_state), bytes_of(batch)
+    extra = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    at_once = chunk or (losses.CHUNK_CPU if on_cpu else losses.CHUNK)
+    # Scores are cut as the batch and the vocabulary are.
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return Need(
+        weights,
+        moments,
+        tokens,
+        max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
+        4 * shape.vocab_size * min(at_once, s.train.batch_size * s.length) // shards,
+        tuning.count(trainable, frozen),
+        tree.count(trainable),
+    )
+
+
+def changes(sections: Sections) -> dict[str, Sections]:
+    """Single changes of a configuration that save memory, by what one types for them; those that it has are left out.
+
+    Example:
+      >>> lora = Sections(hub.Config(), tuning.Config(), optim.Config(), train.Config(), sharding.Config(2, 1, 1), 512)
+      >>> for words in changes(lora):
+      ...     print(words)
+      --model.dtype bfloat16
+      --model.remat block
+      --train.microbatches 2
+      --mesh.data 1 --mesh.fsdp 2
+      --model.quantise nf4
+    """
+    s, found = sections, {}
+    model = lambda **new: s._replace(model=dataclasses.replace(s.model, **new))
+    if s.model.dtype == "float32":
+        found["--model.dtype bfloat16"] = model(dtype="bfloat16")
+    if s.model.remat != "block":
+        found["--model.remat block"] = model(remat="block")
+    pieces, shards = 2 * s.train.microbatches, s.mesh.data * s.mesh.fsdp
+    if shards > 0 and s.train.batch_size % (shards * pieces) == 0:
+        new = dataclasses.replace(s.train, microbatches=pieces)
+        found[f"--train.microbatches {pieces}"] = s._replace(train=new)
+    if s.mesh.data > 1 and s.mesh.fsdp > 0:
+        new = dataclasses.replace(s.mesh, data=1, fsdp=shards)
+        found[f"--mesh.data 1 --mesh.fsdp {shards}"] = s._replace(mesh=new)
+    if s.tuning.method == "lora" and s.model.quantise == "none":
+        found["--model.quantise nf4"] = model(quantise="nf4")
+    return found
+
+
+def show(objective: Callable[[Model, int | None], Objective], sections: Sections, device_gb: float | None) -> None:
+    """Prints what a run needs, whether that fits, and if not what would help, each compiled like the run itself.
+
+    Args:
+      objective, sections: as for `measure`.
+      device_gb: memory of a device in 10^9 bytes; by default what the device says of itself.
+    """
+    need, (mesh, stands_in) = measure(objective, sections), _mesh(sections.mesh)
+    room = int(device_gb * 1e9) if device_gb else None if stands_in else memory(mesh)
+    size = lambda n: f"{n / 1e9:,.3f} GB"
+    kind = f"{mesh.size} CPU devices that stand for the run's own" if stands_in else str(mesh.devices.flat[0])
+    unknown = "unknown; say a device's memory with --run.device_gb"
+    fits = unknown if room is None else f"{'yes' if need.total <= room else 'NO'}, a device has {size(room)}"
+    report.summary(
+        "what one device needs",
+        {
+            "compiled for": f"{kind}, mesh " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items()),
+            "parameters": f"{need.parameters:,}, of which {need.trained:,} train",
+            "weights": size(need.weights),
+            "optimizer": size(need.optimizer),
+            "batch": size(need.batch),
+            "activations, gradients, logits": f"{size(need.working)}; logits of one chunk are {size(need.logits)}",
+            "in all": size(need.total),
+            "fits": fits,
+        },
+    )
+    if room is None or need.total <= room:
+        return
+    rows = []
+    for words, changed in changes(sections).items():
+        less = measure(objective, changed)
+        rows.append((words, size(less.total), "yes" if less.total <= room else "no"))
+    report.table("what would change that", ("change", "in all", "fits"), rows)
+
+
+def memory(mesh: Mesh) -> int | None:
+    """Bytes of one device; on a CPU its share of the machine's. None where nobody says."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
+    return (device.memory_stats() or {}).get("bytes_limit")
