@@ -176,11 +176,12 @@ def filler(model: Model, tokenizer, passages: Sequence[Sequence[int]], mask_id: 
       passages: token ids, of any lengths.
       mask_id: of the mask token.
     """
-    tokens = np.zeros((len(passages), _bucket(max(map(len, passages), default=1))), np.int32)
+    width = min(_bucket(max(map(len, passages), default=1)), model.config.max_position)
+    tokens = np.zeros((len(passages), width), np.int32)
     for row, passage in zip(tokens, passages, strict=True):
         row[: len(passage)] = passage
-    lengths = np.array([[len(passage)] for passage in passages])
-    segments = (np.arange(tokens.shape[1]) < lengths).astype(np.int32)
+    lengths = np.array([len(passage) for passage in passages])
+    segments = (np.arange(width) < lengths[:, None]).astype(np.int32)
     best = jax.jit(
         lambda variables: logits(model, variables, model.features(variables, tokens, None, segments)).argmax(-1)
     )

@@ -101,8 +101,8 @@ def _arrays(file: Path) -> list[tuple[tuple[str, ...], Stored]]:
             unpacker = msgpack.Unpacker(opened, max_buffer_size=0, strict_map_key=True)
             tree = _value(unpacker, opened, file)
             end = unpacker.tell()
-        if not isinstance(tree, dict) or end != (size := file.stat().st_size):
-            raise ValueError(f"it is no map of arrays that ends with byte {size}")
+        if not isinstance(tree, dict) or end != file.stat().st_size:
+            raise ValueError(f"a map of arrays was expected, and nothing behind it; there is something at byte {end:,}")
         params = tree["params"] if list(tree) == ["params"] else tree
         return list(_leaves(params, (), file))
     except CheckpointError:

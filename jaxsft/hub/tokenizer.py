@@ -25,6 +25,8 @@ def load_tokenizer(path: str):
         tokenizer = kind.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{folder} has no tokenizer that loads ({type(error).__name__}: {error})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one of a BERT's config.json
+        raise CheckpointError(f"{folder} has no tokenizer: a tokenizer.json, or a vocab.txt, was expected")
     return templates.with_template(tokenizer)
 
 

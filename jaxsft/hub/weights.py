@@ -4,6 +4,7 @@ Loading asks the reader for each device's slice of each weight, so no host holds
 base's files tensor by tensor: what was not trained is copied as it is, bit by bit.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from jaxsft.hub.files import (
     write,
     write_json,
 )
-from jaxsft.models import Family, Model, ModelConfig, build, family_of, split
+from jaxsft.models import EncoderConfig, Family, Model, ModelConfig, build, family_of, split
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
@@ -38,15 +39,27 @@ Weights = Reader | msgpack.Reader
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Reads a folder's `config.json` through its family.
 
+    An encoder whose files hold nothing of a head has none, whatever its architecture is called: sentence encoders often
+    keep the config of the model that they came from.
+
     Raises:
       CheckpointError: it is missing, of an unknown family, or has keys the family does not know.
     """
-    config = read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     try:
-        family = family_of(config)
-        return family, family.read_config(config)
+        family = family_of(raw)
+        config = family.read_config(raw)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    if isinstance(config, EncoderConfig) and config.mlm and has_weights(folder):
+        files = open_weights(folder).files
+        head = [names.stored(family, name.hf, files) for name in family.names if name.path.startswith("mlm/")]
+        return family, dataclasses.replace(config, mlm=not files.keys().isdisjoint(head))
+    return family, config
+
+
+def has_weights(folder: Path) -> bool:
+    return has_safetensors(folder) or msgpack.found(folder)
 
 
 def open_weights(folder: Path) -> Weights:
@@ -55,7 +68,7 @@ def open_weights(folder: Path) -> Weights:
     Raises:
       CheckpointError: it has neither, or a file is truncated or corrupt.
     """
-    return msgpack.Reader(folder) if msgpack.found(folder) and not has_safetensors(folder) else Reader(folder)
+    return Reader(folder) if has_safetensors(folder) or not msgpack.found(folder) else msgpack.Reader(folder)
 
 
 def shapes(config: ModelConfig, cut: int | None = None) -> Tree:
@@ -198,7 +211,7 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
     family, config = read_config(base)
     raw = read_json(base / "config.json")
     kind = jnp.dtype(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    reader = open_weights(base) if has_safetensors(base) or msgpack.found(base) else None
+    reader = open_weights(base) if has_weights(base) else None
     files = reader.files if reader else {}
     known, out = names.by_address(family, params), []
     for name, (address, transposed) in names.places(family, config, files).items():

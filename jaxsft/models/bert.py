@@ -1,5 +1,6 @@
 """BERT, and the sentence encoders that are BERTs without a head: MiniLM, BGE, E5.
 
+Heads other than that for masked tokens (poolers, next sentences) are carried along, not computed.
 Source: Devlin et al. 2018, arXiv:1810.04805.
 """
 

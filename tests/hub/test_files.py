@@ -1,6 +1,7 @@
 import errno
 import json
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,10 +189,29 @@ def test_a_hub_name_without_a_network_says_what_to_check():
         resolve("org/no-such-model")
 
 
+@pytest.mark.parametrize("has", [["config.json", SINGLE, "flax_model.msgpack"], ["config.json", "flax_model.msgpack"]])
+def test_msgpack_is_fetched_only_where_there_are_no_safetensors(tmp_path, monkeypatch, has):
+    def download(name, allow_patterns):
+        for file in has:
+            if any(Path(file).match(pattern) for pattern in allow_patterns):
+                (tmp_path / file).write_text(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("org/name") == tmp_path
+    assert named(tmp_path) == sorted(["config.json", SINGLE if SINGLE in has else "flax_model.msgpack"])
+
+
 def test_companions_are_copied_and_nothing_else(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     wanted = ["generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
     wanted += ["merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja"]
+    wanted += [
+        "modules.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "1_Pooling/config.json",
+    ]
     for name in [*wanted, "config.json", "model.safetensors", "training_args.bin", "README.md"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)

@@ -62,3 +62,9 @@ def test_an_adapter_folder_takes_the_template_alone(base, tmp_path):
     assert [file.name for file in adapter.iterdir()] == ["chat_template.jinja"]
     tokenizer = data.with_template(hub.load_tokenizer(str(base)), hub.adapter_template(str(adapter)))
     assert (tokenizer.chat_template, tokenizer.eos_token) == (templates.source("chatml"), "<|im_end|>")
+
+
+def test_a_folder_with_no_tokenizer_is_refused_and_not_given_an_empty_one(tiny):
+    for family in ("bert", "llama"):
+        with pytest.raises(hub.CheckpointError, match="has no tokenizer"):
+            hub.load_tokenizer(str(tiny(family)))

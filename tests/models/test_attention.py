@@ -52,7 +52,7 @@ def plain(q, k, v, mask):
 
 
 ROWS = where([3, 4, -2], [1, 2, 6])
-FORMS = functools.partial(jax.jit, static_argnames="ordered")(attend)
+FORMS = functools.partial(jax.jit, static_argnames=("ordered", "causal"))(attend)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, NO_WINDOW])
@@ -65,6 +65,25 @@ def test_visible_between_queries_and_a_longer_cache_equals_a_triple_loop(window)
     query = Where(jnp.array([[4], [7]]), jnp.array([[1], [1]]))
     slots = Where(jnp.tile(jnp.arange(9), (2, 1)), jnp.ones((2, 9), jnp.int32))
     np.testing.assert_array_equal(visible(query, slots, window), seen(query, slots, window))
+
+
+def both_sides(query, key):
+    """visible() of an encoder, by a triple loop."""
+    qs, ks = (np.asarray(x.segments).tolist() for x in (query, key))
+    return np.array([[[a == b for b in there] for a in here] for here, there in zip(qs, ks, strict=True)])
+
+
+def test_what_is_not_causal_sees_its_whole_document_and_no_other():
+    np.testing.assert_array_equal(visible(ROWS, ROWS, causal=False), both_sides(ROWS, ROWS))
+    np.testing.assert_array_equal(visible(ROWS, ROWS, 2, causal=False), both_sides(ROWS, ROWS))
+
+
+@pytest.mark.parametrize("rows", [ROWS, where([300], [100, 150, 30, -20])], ids=["one block", "several"])
+def test_attention_to_both_sides_equals_the_plain_loop_in_both_forms(rows):
+    q, k, v = heads(2, rows.positions.shape[1], 2)
+    expected = plain(q, k, v, both_sides(rows, rows))
+    for ordered in (False, True):
+        np.testing.assert_allclose(FORMS(q, k, v, rows, rows, ordered=ordered, causal=False), expected, atol=5e-6)
 
 
 def test_a_token_sees_itself_even_where_it_is_padding():
