@@ -1,6 +1,7 @@
 """Whole models: load into sharded arrays, export, and merge a fine-tuned part into its base.
 
-Loading asks the reader for each device's slice of each weight, so no host holds the model twice. Merging goes over the
+Loading asks the reader for each device's slice of each weight, so no host holds the model twice; kernels that are to be
+packed are read and packed tensor by tensor, so that in full precision they never exist together. Merging goes over the
 base's files tensor by tensor: what was not trained is copied as it is, bit by bit.
 """
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsft import lora, sharding, tree
+from jaxsft import lora, quant, sharding, tree
 from jaxsft.hub import names
 from jaxsft.hub.files import CheckpointError, Reader, Tensor, copy_companions, read_json, resolve, write, write_json
 from jaxsft.models import Family, Model, build, family_of, split
@@ -82,25 +83,68 @@ def load(
       >>> model.config.layers
       4
     """
+    kind = {"dtype": dtype, "full_precision": full_precision, "cut": cut, "remat": remat, "lora_dropout": lora_dropout}
+    model, variables = load_variables(path, mesh, **kind)
+    return model, variables["params"]
+
+
+def load_variables(
+    path: str,
+    mesh: Mesh | None = None,
+    *,
+    quantise: str = "none",
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    full_precision: Pattern = (),
+    cut: int | None = None,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+) -> tuple[Model, dict[str, Tree]]:
+    """Loads a Hugging Face checkpoint, its kernels packed if wanted; the other arguments are those of `load`.
+
+    Args:
+      quantise: how the kernels of the layers are packed, "int8" or "nf4" (see `quant`), or "none". Embeddings, norms,
+        biases and the output layer are parameters in any case.
+
+    Returns:
+      (model, variables): {"params": ...}, and "packed" where there is something packed.
+
+    Raises:
+      ValueError: a kernel that `full_precision` names would be packed.
+      CheckpointError: as `load`.
+
+    Example:
+      >>> import jaxsft
+      >>> model, variables = load_variables(jaxsft.BASE, quantise="nf4")
+      >>> sorted(variables["packed"]["blocks"]["0-3"]["attn"]["q"])
+      ['absmax', 'absmax_mean', 'absmax_scale', 'codes']
+    """
     folder = resolve(path)
     family, config = read_config(folder)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     reader = Reader(folder)
     described = shapes(config, cut)
     leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
-    params, wanted = {}, set()
+    packs = [p for p in leaves if quantise != "none" and p.startswith("blocks/") and p.endswith("/kernel")]
+    quant.check(full_precision, packs)
+    params, packed, wanted = {}, {}, set()
     for path_, place in tree.flat(placed).items():
         here, transposed = names.leaf_names(family, path_)
         _check(reader, here, leaves[path_].shape, stacked=path_.startswith("blocks/"), transposed=transposed)
         wanted |= set(here)
-        kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
-        params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
+        if path_ in packs:
+            parts = _pack(reader, here, leaves[path_].shape, transposed, quantise)
+            host = {f"{path_.removesuffix('/kernel')}/{name}": part for name, part in parts.items()}
+            packed |= _put(host, sharding.shardings(host, quant.rules(family.rules), mesh))
+        else:
+            kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
+            params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
     spare = {"lm_head.weight"} if config.tied else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare if not n.endswith(DERIVED)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
-    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout), tree.nest(params)
+    model = build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout)
+    return model, {"params": tree.nest(params)} | ({"packed": tree.nest(packed)} if packed else {})
 
 
 @jax.jit
@@ -137,6 +181,32 @@ def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
     return jax.make_array_from_callback(shape, place, part)
 
 
+_packed = jax.jit(quant.pack, static_argnums=1)
+
+
+def _pack(reader, here, shape, transposed, kind) -> dict[str, np.ndarray]:
+    """Packs the kernels of some layers; one tensor is read at a time, and whole: its scales are over all of it."""
+    like = jax.eval_shape(lambda: quant.pack(jnp.zeros(shape), kind))
+    stacks = {part: np.empty(x.shape, x.dtype) for part, x in like.items()}
+    read = lambda name: reader.read(name).T if transposed else reader.read(name)
+    for row, name in enumerate(here):
+        # Nothing is bound to the tensor, so that it is gone before the next is read; jit would hold on to its argument.
+        parts = jax.device_get(_packed(jax.device_put(read(name)), kind))
+        if not all(np.isfinite(x).all() for x in parts.values()):  # NaN in a kernel is NaN in its scales
+            raise CheckpointError(
+                f"{reader.folder} holds NaN or infinite numbers in {name}; download or export it again"
+            )
+        for part, x in parts.items():
+            stacks[part][row] = x
+    return stacks
+
+
+def _put(host: dict[str, np.ndarray], placed: Tree) -> dict[str, jax.Array]:
+    """Puts whole arrays on the devices, each of which gets its slice."""
+    where = tree.flat(placed)
+    return {path: jax.make_array_from_callback(x.shape, where[path], x.__getitem__) for path, x in host.items()}
+
+
 def init(
     path: str, key: Key, mesh: Mesh | None = None, *, dtype=jnp.float32, remat: str = "none"
 ) -> tuple[Model, Tree]:
@@ -168,7 +238,7 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
       the weight files.
 
     Raises:
-      CheckpointError: the disk is full, or `source` cannot be read.
+      CheckpointError: the disk is full, `source` cannot be read, or a parameter that it describes is not given.
 
     Example:
       >>> import tempfile, jaxsft
@@ -181,6 +251,11 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
     raw = read_json(base / "config.json")
     kind = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     known, out = names.by_address(params), []
+    if lacking := sorted(set(names.by_address(shapes(config))) - set(known), key=str):
+        raise CheckpointError(
+            f"the parameters lack {lacking[0].path} (layer {lacking[0].layer}), which {source} describes; are kernels "
+            "packed? They cannot be exported, but `merge` writes the base's own, with an adapter folded in"
+        )
     for name, (address, transposed) in names.places(family, config).items():
         if address in known:
             leaf, row = known[address]
