@@ -53,6 +53,10 @@ def main(cfg: Config) -> None:
         raise run.RunError(
             f"init random needs tuning.method full, not {cfg.tuning.method}: random weights must all learn"
         )
+    if cfg.init == "random" and cfg.model.quantise != "none":
+        raise run.RunError(
+            f"init random needs model.quantise none, not {cfg.model.quantise}: what learns is not packed"
+        )
     folder = run.start(cfg.run)
     mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
     key_model = jax.random.key(cfg.train.seed)
@@ -68,11 +72,12 @@ def main(cfg: Config) -> None:
     kind = {"dtype": jnp.dtype(cfg.model.dtype), "remat": cfg.model.remat}
     if cfg.init == "random":
         model, params = hub.init(cfg.model.path, key_model, mesh, **kind)
+        base = {"params": params}
     else:
         dropout = plan.lora.dropout if plan.lora else 0.0
         kind |= {"full_precision": plan.trainable, "cut": plan.cut, "lora_dropout": dropout}
-        model, params = hub.load(cfg.model.path, mesh, **kind)
-    trainable, frozen = tuning.apply(plan, params, key_model, mesh=mesh, rules=family.rules)
+        model, base = hub.load_variables(cfg.model.path, mesh, quantise=cfg.model.quantise, **kind)
+    trainable, frozen = tuning.apply(plan, base, key_model, mesh=mesh, rules=family.rules)
     report.summary("model", tuning.describe(plan, trainable, frozen))
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
@@ -100,7 +105,15 @@ def main(cfg: Config) -> None:
         hub.export(str(merged), state.trainable["params"], source=cfg.model.path, shard_gb=cfg.export.shard_gb)
         written = {"merged": merged}
     else:
-        written = results.save(folder, cfg.model.path, plan, state.trainable, tokenizer=tokenizer, config=cfg.export)
+        written = results.save(
+            folder,
+            cfg.model.path,
+            plan,
+            state.trainable,
+            tokenizer=tokenizer,
+            config=cfg.export,
+            quantise=cfg.model.quantise,
+        )
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

@@ -59,16 +59,17 @@ def main(cfg: Config) -> None:
     # ---- what learns ---------------------------------------------------------------------------------------------
     family, shape = hub.read_config(hub.resolve(cfg.model.path))
     plan = tuning.plan(cfg.tuning, shape.layers)
-    model, params = hub.load(
+    model, base = hub.load_variables(
         cfg.model.path,
         mesh,
+        quantise=cfg.model.quantise,
         dtype=jnp.dtype(cfg.model.dtype),
         full_precision=plan.trainable,
         cut=plan.cut,
         remat=cfg.model.remat,
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
     )
-    trainable, frozen = tuning.apply(plan, params, key_lora, mesh=mesh, rules=family.rules)
+    trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
     report.summary("model", tuning.describe(plan, trainable, frozen))
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
@@ -91,7 +92,15 @@ def main(cfg: Config) -> None:
     after = ask(tree.combine(state.trainable, frozen))
 
     # ---- what it leaves ------------------------------------------------------------------------------------------
-    written = results.save(folder, cfg.model.path, plan, state.trainable, tokenizer=tokenizer, config=cfg.export)
+    written = results.save(
+        folder,
+        cfg.model.path,
+        plan,
+        state.trainable,
+        tokenizer=tokenizer,
+        config=cfg.export,
+        quantise=cfg.model.quantise,
+    )
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 
