@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxsft import lora, losses, models, tree
-    from jaxsft.hub import export, export_adapter, load, load_adapter, merge
+    from jaxsft import lora, losses, models, quant, tree
+    from jaxsft.hub import export, export_adapter, load, load_adapter, load_variables, merge
     from jaxsft.lora import LoRA
     from jaxsft.models import Model
     from jaxsft.objectives import supervised
@@ -27,6 +27,7 @@ _HOME = {
     "lora": "jaxsft.lora",
     "losses": "jaxsft.losses",
     "models": "jaxsft.models",
+    "quant": "jaxsft.quant",
     "LoRA": "jaxsft.lora",
     "Model": "jaxsft.models",
     "Tokens": "jaxsft.types",
@@ -35,6 +36,7 @@ _HOME = {
     "supervised": "jaxsft.objectives",
     "make_step": "jaxsft.train",
     "load": "jaxsft.hub",
+    "load_variables": "jaxsft.hub",
     "export": "jaxsft.hub",
     "merge": "jaxsft.hub",
     "load_adapter": "jaxsft.hub",
@@ -55,11 +57,13 @@ __all__ = [
     "generate",
     "load",
     "load_adapter",
+    "load_variables",
     "lora",
     "losses",
     "make_step",
     "merge",
     "models",
+    "quant",
     "stream",
     "supervised",
     "tree",

@@ -20,7 +20,6 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsft import hub, losses, optim, report, sharding, train, tree, tuning
-from jaxsft.models import Model
 from jaxsft.objectives import Objective
 from jaxsft.tree import Tree
 from jaxsft.types import State, Tokens
@@ -108,11 +107,11 @@ def bytes_of(arrays: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def measure(objective: Callable[[Model, int | None], Objective], sections: Sections) -> Need:
+def measure(objective: Callable[..., Objective], sections: Sections) -> Need:
     """Compiles the step of a run and asks what it takes.
 
     Args:
-      objective: (model, tokens whose scores exist at one time, None for the backend's own) -> objective.
+      objective: (model, chunk=...) -> objective, such as `objectives.supervised`.
       sections: of the run's configuration.
 
     Raises:
@@ -134,11 +133,11 @@ def measure(objective: Callable[[Model, int | None], Objective], sections: Secti
     trainable, frozen = tuning.apply(plan, base, jax.random.key(0), mesh=mesh, rules=family.rules)
     tx, _ = optim.build(s.optim, 1)
     state = abstract_state(trainable, tx, mesh)
-    rows = lambda dtype: jax.ShapeDtypeStruct((s.train.batch_size, s.length), dtype, sharding=sharding.rows(mesh))
-    batch: Any = Tokens(rows(jnp.int32), rows(jnp.bool_), rows(jnp.int32), rows(jnp.int32))
+    rows: Any = lambda dtype: jax.ShapeDtypeStruct((s.train.batch_size, s.length), dtype, sharding=sharding.rows(mesh))
+    batch = Tokens(rows(jnp.int32), rows(jnp.bool_), rows(jnp.int32), rows(jnp.int32))
     chunk = losses.CHUNK if stands_in else None
     step: Any = train.make_step(
-        objective(model, chunk), tx, microbatches=s.train.microbatches, shardings=sharding.of(state)
+        objective(model, chunk=chunk), tx, microbatches=s.train.microbatches, shardings=sharding.of(state)
     )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     compiled = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
@@ -190,13 +189,14 @@ def changes(sections: Sections) -> dict[str, Sections]:
     return found
 
 
-def show(objective: Callable[[Model, int | None], Objective], sections: Sections, device_gb: float | None) -> None:
+def show(objective: Callable[..., Objective], sections: Sections, device_gb: float | None) -> None:
     """Prints what a run needs, whether that fits, and if not what would help, each compiled like the run itself.
 
     Args:
       objective, sections: as for `measure`.
       device_gb: memory of a device in 10^9 bytes; by default what the device says of itself.
     """
+    pretend(sections.mesh)
     need, (mesh, stands_in) = measure(objective, sections), _mesh(sections.mesh)
     room = int(device_gb * 1e9) if device_gb else None if stands_in else memory(mesh)
     size = lambda n: f"{n / 1e9:,.3f} GB"

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxsft import hub, lora
+from jaxsft import hub, lora, report
 from jaxsft.hub import ExportConfig
 from jaxsft.tuning import Plan
 
 
-def save(folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, config: ExportConfig) -> dict[str, Path]:
+def save(
+    folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, config: ExportConfig, quantise: str = "none"
+) -> dict[str, Path]:
     """Writes adapter and merged checkpoint of what a run trained.
 
     Args:
@@ -18,6 +20,7 @@ def save(folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, co
       trained: `State.trainable`, or the same tree of a checkpoint.
       tokenizer: the run's, whose chat template goes along where the base has none.
       config: which of the two to write, and how large a file may be.
+      quantise: what the base was packed as while training; it is merged into as its files have it all the same.
 
     Returns:
       {"adapter": folder, "merged": folder}, those written.
@@ -33,4 +36,21 @@ def save(folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, co
         hub.merge(base, str(written["merged"]), adapter=adapter, trained=params, shard_gb=config.shard_gb)
     for path in written.values() if family.task else ():  # nobody asks an encoder
         hub.save_template(path, tokenizer)
+    if config.merged and quantise != "none":
+        report.summary("merged", merged_into(base, quantise))
     return written
+
+
+def merged_into(base: str, quantise: str) -> dict[str, str]:
+    """Says what a run's part was merged into.
+
+    Example:
+      >>> merged_into("org/name", "nf4")["into"]
+      'org/name, its own files in full precision, not the nf4 copy'
+    """
+    if quantise == "none":
+        return {"into": base}
+    return {
+        "into": f"{base}, its own files in full precision, not the {quantise} copy",
+        "trained over": f"the {quantise} copy; answers differ from that by what packing had rounded away",
+    }

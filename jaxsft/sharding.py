@@ -96,6 +96,19 @@ def shardings(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:
     return tree.nest({p: NamedSharding(mesh, spec(p, x.shape, rules, mesh)) for p, x in leaves.items()})
 
 
+def abstract(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:
+    """Arrays that do not exist, each with the sharding that the rules give it.
+
+    Example:
+      >>> one = mesh(devices=jax.devices()[:1])
+      >>> found = abstract({"w": jax.ShapeDtypeStruct((4, 2), np.float32)}, (("w", PartitionSpec("fsdp", None)),), one)
+      >>> found["w"].shape, found["w"].sharding.spec
+      ((4, 2), PartitionSpec('fsdp', None))
+    """
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, shapes, shardings(shapes, rules, mesh))
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch [B, T]: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxsft import lora, sharding, tree
+from jaxsft import lora, quant, sharding, tree
 from jaxsft.lora import LoRA
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
@@ -81,33 +81,53 @@ def _stack(layers: int, depth: int) -> tuple[str, int | None]:
     return (f"{depth - layers}-{depth - 1}", depth - layers) if layers > 0 else (f"0-{-layers - 1}", -layers)
 
 
-def apply(plan: Plan, params: Tree, key: Key, *, mesh: Mesh, rules: sharding.Rules) -> tuple[Tree, Tree]:
+def apply(plan: Plan, base: Mapping, key: Key, *, mesh: Mesh, rules: sharding.Rules) -> tuple[Tree, Tree]:
     """Adds the adapter, if there is one, and splits the variables.
 
     Args:
       plan: from `plan`.
-      params: loaded with `cut=plan.cut, full_precision=plan.trainable`.
+      base: {"params": ..., "packed": ...}, from `hub.load_variables(cut=plan.cut, full_precision=plan.trainable)`; of
+        `hub.abstract` the adapter is abstract as well.
       key: draws the adapter.
       mesh, rules: where the adapter goes; the rules are those of the model's family.
 
     Returns:
       (trainable, frozen); `tree.combine` of the two are the model's variables.
+
+    Raises:
+      ValueError: a kernel that is to train is packed.
     """
-    variables: dict[str, Mapping] = {"params": params}
+    variables, kernels = dict(base), quant.kernels(base.get("packed", {}))
+    quant.check(plan.trainable, tree.flat(kernels))
     if plan.lora:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base["params"])
+        shapes = tree.combine(shapes, kernels)
         make = functools.partial(lora.init, params=shapes, spec=plan.lora)
-        placed = sharding.shardings(jax.eval_shape(make, key), lora.rules(rules), mesh)
-        variables["lora"] = jax.jit(make, out_shardings=placed)(key)
+        low = sharding.abstract(jax.eval_shape(make, key), lora.rules(rules), mesh)
+        exists = not isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct)
+        variables["lora"] = jax.jit(make, out_shardings=sharding.of(low))(key) if exists else low
     return tree.partition(variables, plan.trainable)
+
+
+def count(trainable: Tree, frozen: Tree) -> int:
+    """Counts parameters and what the adapter adds; a packed kernel counts as what it stands for."""
+    rest = {name: part for name, part in frozen.items() if name != "packed"}
+    return sum(tree.count(part) for part in (trainable, rest, quant.kernels(frozen.get("packed", {}))))
 
 
 def describe(plan: Plan, trainable: Tree, frozen: Tree) -> dict[str, str]:
     """What trains, in figures, for people."""
+    packed = frozen.get("packed", {})
+    kernels = quant.kernels(packed)
+    frozen = {**frozen, "packed": kernels}  # a packed kernel counts as what it stands for
     learns, rests = tree.count(trainable), tree.count(frozen)
     named = [plan.trainable] if isinstance(plan.trainable, str) else plan.trainable
-    return {
+    lines = {
         "trains": " ".join(named),
         "parameters that train": f"{learns:,} of {learns + rests:,} ({learns / (learns + rests):.2%})",
         "arrays that train": f"{len(tree.flat(trainable))} of {len(tree.flat(trainable)) + len(tree.flat(frozen))}",
     }
+    if packed:
+        n, size = tree.count(kernels), sum(x.nbytes for x in jax.tree.leaves(packed))
+        lines["packed"] = f"{n:,} parameters in {size / 1e6:.2f} MB, {8 * size / n:.2f} bits each"
+    return lines

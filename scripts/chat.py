@@ -28,6 +28,9 @@ class Config:
     """an adapter folder in PEFT's format, to put on the model"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of weights and computation"""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """keep the kernels of the layers as int8 or nf4, as for model.quantise: an adapter that was trained over a packed
+    base answers on it just as it did then"""
     template: str = ""
     """a chat template by name, or a .jinja file, as for data.template; by default the adapter's or
     the model's own"""
@@ -53,11 +56,12 @@ def pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
 def main(cfg: Config) -> None:
     template = cfg.template or (hub.adapter_template(cfg.adapter) if cfg.adapter else "")
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model), template)
-    model, params = hub.load(cfg.model, dtype=jnp.dtype(cfg.dtype))
-    variables = {"params": params}
+    model, variables = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
     if cfg.adapter:
         family, _ = hub.read_config(hub.resolve(cfg.model))
-        variables["lora"], _ = hub.load_adapter(cfg.adapter, params, family=family, config=model.config)
+        variables["lora"], _ = hub.load_adapter(
+            cfg.adapter, hub.shapes(model.config), family=family, config=model.config
+        )
     stop, draw = hub.stop_tokens(cfg.model, tokenizer), cfg.sample
     first = [data.Message("system", cfg.system)] if cfg.system else []
     messages, turn = list(first), 0

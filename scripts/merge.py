@@ -9,7 +9,7 @@ The first form takes a PEFT adapter folder, ours or PEFT's; the second any step 
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxsft import checkpoint, config, data, hub, lora, report, run
+from jaxsft import checkpoint, config, data, hub, lora, report, results, run
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def main(cfg: Config) -> None:
     if bool(cfg.adapter) == bool(cfg.checkpoint):
         raise run.RunError("give either adapter (a PEFT folder) or checkpoint (RUN/checkpoints/STEP)")
     adapter = trained = None
-    template = ""
+    template, quantise = "", "none"
     if cfg.checkpoint:
         step = Path(cfg.checkpoint)
         leaves, saved = checkpoint.read_trained(step), checkpoint.read_config(step)
@@ -43,6 +43,7 @@ def main(cfg: Config) -> None:
             fields = {key.removeprefix("tuning.lora."): v for key, v in saved.items() if key.startswith("tuning.lora.")}
             adapter = lora.with_scale(leaves["lora"], lora.LoRA(**fields))
         trained, template = leaves.get("params"), saved.get("data.template", "")
+        quantise = saved.get("model.quantise", "none")
     else:
         base = cfg.base
         family, shape = hub.read_config(hub.resolve(base))
@@ -51,7 +52,8 @@ def main(cfg: Config) -> None:
     files = hub.merge(base, cfg.out, adapter=adapter, trained=trained, shard_gb=cfg.shard_gb)
     if hub.read_config(hub.resolve(base))[0].task:  # nobody asks an encoder
         hub.save_template(Path(cfg.out), data.with_template(hub.load_tokenizer(base), template))
-    report.summary("merged", {"base": base, "into": cfg.out, "files": len(files), "size": report.size(Path(cfg.out))})
+    written = {"written to": cfg.out, "files": len(files), "size": report.size(Path(cfg.out))}
+    report.summary("merged", results.merged_into(base, quantise) | written)
 
 
 if __name__ == "__main__":

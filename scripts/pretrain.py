@@ -10,6 +10,8 @@ whole words with `--train.whole_words true`, and predicted from both sides; `tra
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +24,7 @@ from jaxsft import (
     hub,
     models,
     objectives,
+    preflight,
     report,
     results,
     run,
@@ -58,6 +61,10 @@ def check(cfg: Config, shape: models.ModelConfig) -> None:
         raise run.RunError(
             f"init random needs tuning.method full, not {cfg.tuning.method}: random weights must all learn"
         )
+    if cfg.init == "random" and cfg.model.quantise != "none":
+        raise run.RunError(
+            f"init random needs model.quantise none, not {cfg.model.quantise}: what learns is not packed"
+        )
     if cfg.train.whole_words and cfg.train.objective == "causal":
         raise run.RunError("train.whole_words is for train.objective masked; the objective is causal")
     if cfg.train.objective == "masked" and cfg.data.max_length > shape.max_position:
@@ -71,13 +78,20 @@ def main(cfg: Config) -> None:
     # ---- where: the folder, the devices --------------------------------------------------------------------------
     family, shape = hub.read_config(hub.resolve(cfg.model.path))
     check(cfg, shape)
+    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    gaps = data.masking(tokenizer, whole_words=cfg.train.whole_words) if cfg.train.objective == "masked" else None
+    learning: Callable[..., objectives.Objective] = objectives.supervised
+    if gaps:
+        learning = functools.partial(objectives.masked, rate=cfg.train.mask_rate, **gaps._asdict())
+    if cfg.run.plan:
+        parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
+        preflight.show(learning, preflight.Sections(*parts), cfg.run.device_gb)
+        return
     folder = run.start(cfg.run)
     mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
     key_model = jax.random.key(cfg.train.seed)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
-    gaps = data.masking(tokenizer, whole_words=cfg.train.whole_words) if cfg.train.objective == "masked" else None
     rows, held_out, found = data.load(cfg.data, tokenizer, "masked" if gaps else "learn")
     report.summary("data", dict(found.lines()))
 
@@ -86,25 +100,24 @@ def main(cfg: Config) -> None:
     kind = {"dtype": jnp.dtype(cfg.model.dtype), "remat": cfg.model.remat}
     if cfg.init == "random":
         model, params = hub.init(cfg.model.path, key_model, mesh, **kind)
+        base = {"params": params}
     else:
         dropout = plan.lora.dropout if plan.lora else 0.0
         kind |= {"full_precision": plan.trainable, "cut": plan.cut, "lora_dropout": dropout}
-        model, params = hub.load(cfg.model.path, mesh, **kind)
-    trainable, frozen = tuning.apply(plan, params, key_model, mesh=mesh, rules=family.rules)
+        model, base = hub.load_variables(cfg.model.path, mesh, quantise=cfg.model.quantise, **kind)
+    trainable, frozen = tuning.apply(plan, base, key_model, mesh=mesh, rules=family.rules)
     report.summary("model", tuning.describe(plan, trainable, frozen))
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
     asked = (data.blanks if gaps else data.questions)(held_out, tokenizer, cfg.run.samples) if held_out else []
     prompts = [question.ids for question in asked]
     if gaps:
-        objective = objectives.masked(model, rate=cfg.train.mask_rate, **gaps._asdict())
         ask = sample.filler(model, tokenizer, prompts, gaps.mask_id)
     else:
-        objective = objectives.supervised(model)
         ask = sample.asker(model, tokenizer, prompts, hub.stop_tokens(cfg.model.path, tokenizer), cfg.sample)
     before = ask(tree.combine(trainable, frozen))
     state = session.learn(
-        objective,
+        learning(model),
         trainable,
         frozen,
         rows,
@@ -123,7 +136,15 @@ def main(cfg: Config) -> None:
         hub.export(str(merged), state.trainable["params"], source=cfg.model.path, shard_gb=cfg.export.shard_gb)
         written = {"merged": merged}
     else:
-        written = results.save(folder, cfg.model.path, plan, state.trainable, tokenizer=tokenizer, config=cfg.export)
+        written = results.save(
+            folder,
+            cfg.model.path,
+            plan,
+            state.trainable,
+            tokenizer=tokenizer,
+            config=cfg.export,
+            quantise=cfg.model.quantise,
+        )
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

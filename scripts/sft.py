@@ -18,6 +18,7 @@ from jaxsft import (
     data,
     hub,
     objectives,
+    preflight,
     report,
     results,
     run,
@@ -47,6 +48,10 @@ class Config:
 
 def main(cfg: Config) -> None:
     # ---- where: the folder, the devices --------------------------------------------------------------------------
+    if cfg.run.plan:
+        parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
+        preflight.show(objectives.supervised, preflight.Sections(*parts), cfg.run.device_gb)
+        return
     folder = run.start(cfg.run)
     mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
     key_lora = jax.random.key(cfg.train.seed)
@@ -59,16 +64,17 @@ def main(cfg: Config) -> None:
     # ---- what learns ---------------------------------------------------------------------------------------------
     family, shape = hub.read_config(hub.resolve(cfg.model.path))
     plan = tuning.plan(cfg.tuning, shape.layers)
-    model, params = hub.load(
+    model, base = hub.load_variables(
         cfg.model.path,
         mesh,
+        quantise=cfg.model.quantise,
         dtype=jnp.dtype(cfg.model.dtype),
         full_precision=plan.trainable,
         cut=plan.cut,
         remat=cfg.model.remat,
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
     )
-    trainable, frozen = tuning.apply(plan, params, key_lora, mesh=mesh, rules=family.rules)
+    trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
     report.summary("model", tuning.describe(plan, trainable, frozen))
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
@@ -91,7 +97,15 @@ def main(cfg: Config) -> None:
     after = ask(tree.combine(state.trainable, frozen))
 
     # ---- what it leaves ------------------------------------------------------------------------------------------
-    written = results.save(folder, cfg.model.path, plan, state.trainable, tokenizer=tokenizer, config=cfg.export)
+    written = results.save(
+        folder,
+        cfg.model.path,
+        plan,
+        state.trainable,
+        tokenizer=tokenizer,
+        config=cfg.export,
+        quantise=cfg.model.quantise,
+    )
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

@@ -14,7 +14,7 @@ FLOORS = [
     {"models", "data", "losses", "lora", "sharding", "optim"},
     {"hub", "objectives", "sample", "tuning", "checkpoint"},
     {"train", "results"},
-    {"session", "sections"},
+    {"session", "sections", "preflight"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
 GROUND = {"report": {"run"}, "types": {"tree"}, "quant": {"tree"}, "run": set(), "config": set()}

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import lora, models, sharding, tree, tuning
+from jaxsft import lora, models, quant, sharding, tree, tuning
 from jaxsft.lora import LoRA
 from jaxsft.models import split
 from jaxsft.tuning import Config
@@ -20,11 +20,23 @@ def params(cut=None):
     return whole if cut is None else split(whole, cut)
 
 
+def packed(kind="nf4", cut=None):
+    """The same model, its kernels packed."""
+    rest = {path: x for path, x in tree.flat(params()).items() if not path.endswith("/kernel")}
+    layers = {
+        f"blocks/0-3/{name}/{part}": x
+        for name, shape in KERNELS.items()
+        for part, x in quant.pack(jnp.ones((DEPTH, *shape)), kind).items()
+    }
+    both = {"params": tree.nest(rest), "packed": tree.nest(layers)}
+    return both if cut is None else {name: split(part, cut) for name, part in both.items()}
+
+
 def learns(config):
     """(addresses that learn, addresses that rest, cut) of a configuration on a model of four layers."""
     plan = tuning.plan(config, DEPTH)
     one = sharding.mesh(devices=jax.devices()[:1])
-    made = tuning.apply(plan, params(plan.cut), jax.random.key(0), mesh=one, rules=RULES)
+    made = tuning.apply(plan, {"params": params(plan.cut)}, jax.random.key(0), mesh=one, rules=RULES)
     trains, rests = (set(tree.flat(part)) for part in made)
     assert set(tree.flat(params(plan.cut))) <= {p.removeprefix("params/") for p in trains | rests}
     return trains, rests, plan.cut
@@ -110,7 +122,7 @@ def test_lora_may_be_on_some_layers_only(count, span, targets, layers):
 
 def test_a_new_adapter_lies_on_the_mesh_as_its_kernels_do_and_equals_a_plain_one():
     mesh, plan = sharding.mesh(2, 2, 2), tuning.plan(Config(lora=LoRA(rank=2)), DEPTH)
-    trains, _ = tuning.apply(plan, params(), jax.random.key(3), mesh=mesh, rules=RULES)
+    trains, _ = tuning.apply(plan, {"params": params()}, jax.random.key(3), mesh=mesh, rules=RULES)
     plain = tree.flat(lora.init(jax.random.key(3), params(), LoRA(rank=2)))
     for path, leaf in tree.flat(trains["lora"]).items():
         np.testing.assert_allclose(leaf, plain[path], rtol=1e-6)
@@ -138,3 +150,42 @@ def test_the_description_counts_what_trains():
     size = 16 * 8 + 4 * (8 * 8 + 8 * 8 + 12 * 8 + 8 + 8) + 8
     assert lines["parameters that train"] == f"8 of {size:,} ({8 / size:.2%})"
     assert lines["arrays that train"] == "1 of 7"
+
+
+def test_lora_over_packed_kernels_is_the_adapter_that_the_kernels_would_have():
+    mesh, plan = sharding.mesh(2, 2, 2), tuning.plan(Config(layers=1, lora=LoRA(rank=2)), DEPTH)
+    trains, rests = tuning.apply(plan, packed(cut=plan.cut), jax.random.key(3), mesh=mesh, rules=RULES)
+    plain, _ = tuning.apply(plan, {"params": params(plan.cut)}, jax.random.key(3), mesh=mesh, rules=RULES)
+    assert tree.flat(trains).keys() == adapters("3-3")
+    assert all(np.array_equal(x, tree.flat(plain)[path]) for path, x in tree.flat(trains).items())
+    assert tree.flat(rests["packed"]).keys() == tree.flat(packed(cut=plan.cut)["packed"]).keys()
+
+
+@pytest.mark.parametrize(("config", "kernel"), [
+    (Config(method="full"), "blocks/0-3/attn/q/kernel"),
+    (Config(method="partial", layers=2), "blocks/2-3/attn/[qo]/kernel"),
+    (Config(method="partial", trainable=["norm/scale", ".*/down/.*"]), "blocks/0-3/mlp/down/kernel"),
+])  # fmt: skip
+def test_packed_kernels_do_not_train(config, kernel):
+    plan = tuning.plan(config, DEPTH)
+    with pytest.raises(ValueError, match=rf"{kernel} is to train, but model.quantise packs it.*tuning.method lora"):
+        tuning.apply(plan, packed(cut=plan.cut), jax.random.key(0), mesh=sharding.mesh(), rules=RULES)
+
+
+def test_what_is_not_packed_may_train():
+    plan = tuning.plan(Config(method="partial", trainable=["norm/scale", ".*/attn_norm/.*"]), DEPTH)
+    trains, _ = tuning.apply(plan, packed(), jax.random.key(0), mesh=sharding.mesh(), rules=RULES)
+    assert tree.flat(trains).keys() == {"params/norm/scale", "params/blocks/0-3/attn_norm/scale"}
+
+
+@pytest.mark.parametrize(("kind", "size"), [
+    ("int8", 896 + 4 * 4 * 24),  # a byte a weight, a scale for each of 24 outputs of 4 layers
+    ("nf4", 896 // 2 + 4 * 24 + 2 * 4 * 4 * 3),  # half a byte, a block for each output, two numbers for each kernel
+])  # fmt: skip
+def test_the_description_counts_a_packed_kernel_as_what_it_stands_for(kind, size):
+    plan, one = tuning.plan(Config(lora=LoRA(rank=2)), DEPTH), sharding.mesh(devices=jax.devices()[:1])
+    lines, plain = (
+        tuning.describe(plan, *tuning.apply(plan, base, jax.random.key(0), mesh=one, rules=RULES))
+        for base in (packed(kind), {"params": params()})
+    )
+    assert lines == plain | {"packed": f"896 parameters in 0.00 MB, {8 * size / 896:.2f} bits each"}

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxsft.hub.files import CheckpointError, resolve
 from jaxsft.hub.peft import export_adapter, load_adapter
 from jaxsft.hub.tokenizer import adapter_template, load_tokenizer, save_template, stop_tokens
-from jaxsft.hub.weights import export, init, load, merge, read_config, shapes
+from jaxsft.hub.weights import abstract, export, init, load, load_variables, merge, read_config, shapes
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Config:
     """of the computation and of frozen weights; what trains is float32, and so are softmax and loss"""
     remat: Literal["none", "dots", "block"] = "none"
     """what the backward pass computes again to save memory: nothing, all but matrix products, or whole layers"""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """keep the kernels of the layers packed in memory: int8, or QLoRA's nf4 with 4.13 bits a weight. They cannot train
+    then; LoRA does, beside them, and is merged into the base as its files have it"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ExportConfig",
+    "abstract",
     "adapter_template",
     "export",
     "export_adapter",
@@ -44,6 +48,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_tokenizer",
+    "load_variables",
     "merge",
     "read_config",
     "resolve",

@@ -1,6 +1,7 @@
 """Whole models: load into sharded arrays, export, and merge a fine-tuned part into its base.
 
-Loading asks the reader for each device's slice of each weight, so no host holds the model twice. Merging goes over the
+Loading asks the reader for each device's slice of each weight, so no host holds the model twice; kernels that are to be
+packed are read and packed tensor by tensor, so that in full precision they never exist together. Merging goes over the
 base's files tensor by tensor: what was not trained is copied as it is, bit by bit.
 """
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsft import lora, sharding, tree
+from jaxsft import lora, quant, sharding, tree
 from jaxsft.hub import msgpack, names
 from jaxsft.hub.files import (
     DTYPES,
@@ -114,25 +115,109 @@ def load(
       >>> model.config.layers
       4
     """
+    kind = {"dtype": dtype, "full_precision": full_precision, "cut": cut, "remat": remat, "lora_dropout": lora_dropout}
+    model, variables = load_variables(path, mesh, **kind)
+    return model, variables["params"]
+
+
+def load_variables(
+    path: str,
+    mesh: Mesh | None = None,
+    *,
+    quantise: str = "none",
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    full_precision: Pattern = (),
+    cut: int | None = None,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+) -> tuple[Model, dict[str, Tree]]:
+    """Loads a Hugging Face checkpoint, its kernels packed if wanted; the other arguments are those of `load`.
+
+    Args:
+      quantise: how the kernels of the layers are packed, "int8" or "nf4" (see `quant`), or "none". Embeddings, norms,
+        biases and the output layer are parameters in any case.
+
+    Returns:
+      (model, variables): {"params": ...}, and "packed" where there is something packed.
+
+    Raises:
+      ValueError: a kernel that `full_precision` names would be packed.
+      CheckpointError: as `load`.
+
+    Example:
+      >>> import jaxsft
+      >>> model, variables = load_variables(jaxsft.BASE, quantise="nf4")
+      >>> sorted(variables["packed"]["blocks"]["0-3"]["attn"]["q"])
+      ['absmax', 'absmax_mean', 'absmax_scale', 'codes']
+    """
     folder = resolve(path)
     family, config = read_config(folder)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     reader = open_weights(folder)
     described = shapes(config, cut)
     leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
-    params, wanted = {}, set()
+    packs = _packs(leaves, quantise)
+    quant.check(full_precision, packs)
+    params, packed, wanted = {}, {}, set()
     for path_, place in tree.flat(placed).items():
         here, transposed = names.leaf_names(family, path_, leaves[path_].shape, reader.files)
         _check(reader, here, leaves[path_].shape, transposed)
         wanted |= set(here.flat)
-        kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
-        params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
+        if path_ in packs:
+            parts = _pack(reader, here, leaves[path_].shape, transposed, quantise)
+            host = {f"{path_.removesuffix('/kernel')}/{name}": part for name, part in parts.items()}
+            packed |= _put(host, sharding.shardings(host, quant.rules(family.rules), mesh))
+        else:
+            kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
+            params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
     spare = {copy for copy, _ in family.copies} if config.tied else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare if not names.unused(family, n)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
-    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh), tree.nest(params)
+    model = build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh)
+    return model, {"params": tree.nest(params)} | ({"packed": tree.nest(packed)} if packed else {})
+
+
+def _packs(leaves: Mapping, quantise: str) -> list[str]:
+    """The kernels that are packed: those of the layers that get an adapter too, not what routes tokens to experts."""
+    return [p for p in leaves if quantise != "none" and tree.matches(f"blocks/{lora.ALL}/kernel", p)]
+
+
+def abstract(
+    path: str,
+    mesh: Mesh,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    full_precision: Pattern = (),
+    cut: int | None = None,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+    quantise: str = "none",
+) -> tuple[Model, Tree]:
+    """What `load_variables` would give, as shapes with shardings: it reads config.json alone.
+
+    Example:
+      >>> import jaxsft
+      >>> model, variables = abstract(jaxsft.BASE, sharding.mesh(devices=jax.devices()[:1]), quantise="int8")
+      >>> variables["packed"]["blocks"]["0-3"]["attn"]["q"]["codes"].dtype
+      dtype('int8')
+    """
+    family, config = read_config(resolve(path))
+    described = tree.flat(shapes(config, cut))
+    packs = _packs(described, quantise)
+    quant.check(full_precision, packs)
+
+    kind = lambda path: jnp.float32 if tree.matches(full_precision, f"params/{path}") else dtype
+    plain = {p: jax.ShapeDtypeStruct(x.shape, kind(p)) for p, x in described.items() if p not in packs}
+    packed = {}
+    for p in packs:
+        parts = jax.eval_shape(lambda p=p: quant.pack(jnp.zeros(described[p].shape), quantise))
+        packed |= {f"{p.removesuffix('/kernel')}/{name}": part for name, part in parts.items()}
+    variables = {"params": sharding.abstract(tree.nest(plain), family.rules, mesh)}
+    if packed:
+        variables["packed"] = sharding.abstract(tree.nest(packed), quant.rules(family.rules), mesh)
+    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh), variables
 
 
 @jax.jit
@@ -167,6 +252,32 @@ def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
     return jax.make_array_from_callback(shape, place, part)
 
 
+_packed = jax.jit(quant.pack, static_argnums=1)
+
+
+def _pack(reader, here, shape, transposed, kind) -> dict[str, np.ndarray]:
+    """Packs the kernels of some layers; one tensor is read at a time, and whole: its scales are over all of it."""
+    like = jax.eval_shape(lambda: quant.pack(jnp.zeros(shape), kind))
+    stacks = {part: np.empty(x.shape, x.dtype) for part, x in like.items()}
+    read = lambda name: reader.read(name).T if transposed else reader.read(name)
+    for row, name in np.ndenumerate(here):
+        # Nothing is bound to the tensor, so that it is gone before the next is read; jit would hold on to its argument.
+        parts = jax.device_get(_packed(jax.device_put(read(name)), kind))
+        if not all(np.isfinite(x).all() for x in parts.values()):  # NaN in a kernel is NaN in its scales
+            raise CheckpointError(
+                f"{reader.folder} holds NaN or infinite numbers in {name}; download or export it again"
+            )
+        for part, x in parts.items():
+            stacks[part][row] = x
+    return stacks
+
+
+def _put(host: dict[str, np.ndarray], placed: Tree) -> dict[str, jax.Array]:
+    """Puts whole arrays on the devices, each of which gets its slice."""
+    where = tree.flat(placed)
+    return {path: jax.make_array_from_callback(x.shape, where[path], x.__getitem__) for path, x in host.items()}
+
+
 def init(
     path: str, key: Key, mesh: Mesh | None = None, *, dtype=jnp.float32, remat: str = "none"
 ) -> tuple[Model, Tree]:
@@ -199,7 +310,7 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
       the weight files.
 
     Raises:
-      CheckpointError: the disk is full, or `source` cannot be read.
+      CheckpointError: the disk is full, `source` cannot be read, or a parameter that it describes is not given.
 
     Example:
       >>> import tempfile, jaxsft
@@ -214,6 +325,11 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
     reader = open_weights(base) if has_weights(base) else None
     files = reader.files if reader else {}
     known, out = names.by_address(family, params), []
+    if lacking := sorted(set(names.by_address(family, shapes(config))) - set(known), key=str):
+        raise CheckpointError(
+            f"the parameters lack {lacking[0].path} (layer {lacking[0].layer}), which {source} describes; are kernels "
+            "packed? They cannot be exported, but `merge` writes the base's own, with an adapter folded in"
+        )
     for name, (address, transposed) in names.places(family, config, files).items():
         if address in known:
             leaf, index = known[address]

@@ -1,11 +1,13 @@
 """What every registered model family keeps to; a new one is covered the moment it is registered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import hub, lora, models, objectives, sharding, tree
+from jaxsft import hub, lora, models, objectives, quant, sharding, tree
 from jaxsft.hub import names
 from jaxsft.models import FAMILIES, EncoderConfig
 from jaxsft.types import Tokens
@@ -111,6 +113,22 @@ def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     loss = lambda low: objective(model)({"params": params, "lora": low}, batch, None).loss
     for path, grad in tree.flat(jax.jit(jax.grad(loss))(noisy)).items():
         assert np.abs(grad).max() > 0, path
+
+
+@family
+def test_every_kernel_of_the_layers_can_be_packed_placed_and_read(kind):
+    config, mesh = config_of(kind), sharding.mesh(2, 2, 2)
+    leaves = tree.flat(hub.shapes(config))
+    kernels = {path.removesuffix("/kernel"): x for path, x in leaves.items() if path.endswith("/kernel")}
+    rest = tree.nest({path: x for path, x in leaves.items() if not path.endswith("/kernel")})
+    for way in quant.KINDS:
+        pack = jax.vmap(functools.partial(quant.pack, kind=way))
+        packed = tree.nest({layer: jax.eval_shape(pack, x) for layer, x in kernels.items()})
+        placed = sharding.shardings(packed, quant.rules(FAMILIES[kind].rules), mesh)
+        assert all("tensor" in x.spec for path, x in tree.flat(placed).items() if path.endswith("/codes"))
+        tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+        out = jax.eval_shape(models.build(config).features, {"params": rest, "packed": packed}, tokens)
+        assert out.shape == (2, 12, config.hidden)
 
 
 @family

@@ -1,9 +1,11 @@
 import io
 
+import jax
+import numpy as np
 import pytest
 
 import jaxsft
-from jaxsft import data, hub, sample
+from jaxsft import data, hub, lora, sample, tree
 
 from .conftest import load_script
 
@@ -36,6 +38,20 @@ def answer():
 def test_one_question_prints_the_answer_that_generate_gives(run_here, capsys, answer):
     run_here("chat", "--model", jaxsft.BASE, "--ask", "Who are you?", "--sample.max_new_tokens", "6")
     assert capsys.readouterr().out == answer("Who are you?") + "\n"
+
+
+def test_an_adapter_can_be_asked_on_packed_kernels(run_here, capsys, tmp_path, monkeypatch):
+    family, shape = hub.read_config(hub.resolve(jaxsft.BASE))
+    spec = lora.LoRA(rank=2)
+    adapter = lora.init(jax.random.key(0), hub.shapes(shape), spec)
+    hub.export_adapter(str(tmp_path), adapter, spec, family=family, base=jaxsft.BASE)
+    asked = []
+    monkeypatch.setattr(sample, "stream", lambda model, variables, *_, **__: iter(asked.append(variables) or []))
+    run_here("chat", "--model", jaxsft.BASE, "--adapter", str(tmp_path), "--quantise", "nf4", "--ask", "Who are you?")
+    [variables] = asked
+    _, base = hub.load_variables(jaxsft.BASE, quantise="nf4")
+    for path, x in tree.flat(base | {"lora": adapter}).items():
+        np.testing.assert_array_equal(tree.flat(variables)[path], x)
 
 
 def test_a_conversation_remembers_until_it_is_told_to_forget(run_here, capsys, monkeypatch, answer):

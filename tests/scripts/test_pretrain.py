@@ -54,6 +54,8 @@ def test_random_weights_start_at_the_uniform_loss_and_export(run_here, small, te
 def test_random_weights_must_all_learn(run_here, small, texts, tmp_path):
     with pytest.raises(RunError, match="init random needs tuning.method full, not lora"):
         run_here("pretrain", *arguments(small, texts, tmp_path, "--init", "random", "--tuning.method", "lora"))
+    with pytest.raises(RunError, match="init random needs model.quantise none, not nf4"):
+        run_here("pretrain", *arguments(small, texts, tmp_path, "--init", "random", "--model.quantise", "nf4"))
 
 
 # ---- encoders -------------------------------------------------------------------------------------------------------

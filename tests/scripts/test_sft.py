@@ -328,3 +328,43 @@ def test_sources_mix_and_a_template_is_exported(run_here, small, rows, tmp_path)
     for folder in ("later", "third"):
         text = (tmp_path / folder / "chat_template.jinja").read_text()
         assert text.rstrip("\n") == templates.source("plain"), folder
+
+
+def packed_run(small: str, rows: str, out: Path) -> list[str]:
+    return arguments(small, rows, out, model__quantise="nf4", data__eval="", train__max_steps=4)
+
+
+def test_a_run_over_packed_kernels_merges_into_the_full_precision_base_and_says_so(
+    run_here, small, rows, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    unframed = lambda: "".join(part for part in capsys.readouterr().out.split() if part != "│")
+    run_here("sft", *packed_run(small, rows, out))
+    assert f"{small},itsownfilesinfullprecision,notthenf4copy" in unframed()
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (small, out / "merged"))
+    for name, value in old.items():
+        change = new[name] - value
+        assert np.linalg.matrix_rank(change, tol=1e-5) == 4 if "proj" in name else not np.any(change), name
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == small
+    run_here("merge", "--checkpoint", str(out / "checkpoints" / "4"), "--out", str(tmp_path / "later"))
+    assert "notthenf4copy" in unframed()
+    merged = (out / "merged" / "model.safetensors").read_bytes()
+    assert (tmp_path / "later" / "model.safetensors").read_bytes() == merged
+
+
+@pytest.mark.parity
+def test_a_run_over_packed_kernels_resumes_exactly(spawn, small, rows, tmp_path):
+    args = {name: packed_run(small, rows, tmp_path / name) for name in ("whole", "resumed")}
+    uninterrupted(spawn, args["whole"])
+    uninterrupted(spawn, args["resumed"])
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "resumed" / "merged")
+    uninterrupted(spawn, [*args["resumed"], "--run.resume", "true"])
+    same_as(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_full_tuning_of_packed_kernels_is_refused(run_here, small, rows, tmp_path):
+    args = arguments(small, rows, tmp_path / "run", model__quantise="int8", tuning__method="full")
+    with pytest.raises(ValueError, match=r"attn/k/kernel is to train, but model.quantise packs it.*tuning.method lora"):
+        run_here("sft", *args)
