@@ -89,12 +89,15 @@ def logprobs(
     chunk = chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
     width = min(T, max(1, chunk // B))
     order = jnp.argsort(~mask, axis=1, stable=True)  # tokens that count come first in their row
+    back = jnp.argsort(order, axis=1)
     order = jnp.pad(order, ((0, 0), (0, -T % width)), mode="edge")
     count = mask.sum(axis=1, keepdims=True)
     counts = jnp.arange(order.shape[1]) < count  # [B, T'], true for a prefix of each row
-    rows = jnp.arange(B)[:, None]
-    lp = _compact(features[rows, order], table, targets[rows, order], counts, Head(width, scale, soft_cap))
-    return jnp.zeros((B, T), jnp.float32).at[rows, order].add(lp)
+    # Along the row, so that rows which lie on different devices stay there.
+    features = jnp.take_along_axis(features, order[..., None], axis=1)
+    targets = jnp.take_along_axis(targets, order, axis=1)
+    lp = _compact(features, table, targets, counts, Head(width, scale, soft_cap))
+    return jnp.take_along_axis(lp, back, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -85,10 +85,8 @@ def build(
       >>> build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64)).config.mlm
       True
     """
-    kind = {"dtype": dtype, "remat": remat, "lora_dropout": lora_dropout}
-    if isinstance(config, EncoderConfig):
-        return encoder.build(config, **kind)
-    return decoder.build(config, **kind, mesh=mesh)
+    make: Any = encoder.build if isinstance(config, EncoderConfig) else decoder.build
+    return make(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh)
 
 
 __all__ = [

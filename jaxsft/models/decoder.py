@@ -15,6 +15,7 @@ cut from the tree, so nothing else needs to know of it.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
@@ -23,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxsft.models import rope as rotary
@@ -274,6 +275,14 @@ def _init(config: DecoderConfig, key: Key) -> Tree:
     return params if config.tied else {**params, "head": {"table": table(key_head)}}
 
 
+def by_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+    """Says that activations are cut as the batch is; the cut of the embedding's features would spread otherwise."""
+    axes = ("data", "fsdp")
+    if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, None, None)))
+
+
 def _lengths(where: Where, cached: bool) -> Int[Array, "B T"]:
     """The length of the document each token stands in, as far as it is known; in a cache a row is one document."""
     if cached:
@@ -320,7 +329,7 @@ def build(
       remat: what the backward pass computes again: "none": nothing, "dots": all but the results of matrix products,
         "block": all but the inputs of the layers.
       lora_dropout: rate of the dropout before A, used where `features` gets a dropout key.
-      mesh: where it will run; only a mixture of experts has to know.
+      mesh: where it will run, so that activations are cut as the batch is, and experts and tokens meet.
 
     Raises:
       ValueError: an unknown remat policy.
@@ -351,7 +360,7 @@ def build(
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
         params = variables["params"]
         beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
-        x = embed(params["embed"], tokens, where.positions, cache is not None)
+        x = by_rows(embed(params["embed"], tokens, where.positions, cache is not None), mesh)
         slots = None
         if cache is not None:
             S = cache.k.shape[2]

@@ -23,10 +23,11 @@ from typing import ClassVar, NoReturn, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxsft.models.attention import Where, attend
-from jaxsft.models.decoder import REMAT, Model, span
+from jaxsft.models.decoder import REMAT, Model, by_rows, span
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm
 from jaxsft.tree import Tree
 from jaxsft.types import Key
@@ -124,7 +125,12 @@ def _no_cache(*_) -> NoReturn:
 
 
 def build(
-    config: EncoderConfig, *, dtype: jax.typing.DTypeLike = jnp.float32, remat: str = "none", lora_dropout: float = 0.0
+    config: EncoderConfig,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: str = "none",
+    lora_dropout: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Makes the functions of a model; arguments as for `decoder.build`.
 
@@ -170,7 +176,7 @@ def build(
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat])
-        x = embed(params["embed"], tokens, positions)
+        x = by_rows(embed(params["embed"], tokens, positions), mesh)
         beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)
