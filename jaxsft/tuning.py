@@ -1,6 +1,6 @@
 """What trains: LoRA, everything, or a part, each as a pattern over the addresses of the variables.
 
-lora      lora/.*/(a|b)              adapters beside a frozen base
+lora      lora/.*/(a|b|m)            adapters beside a frozen base, and what patterns name of the base itself
 full      params/.*
 partial   params/blocks/6-7/.*       the last two of eight layers; the backward pass ends there
           params/(.*norm/scale)      or whatever patterns say
@@ -31,7 +31,8 @@ class Config:
     layers: int | None = None
     """partial and lora: only the last n layers, or with a negative number only the first n"""
     trainable: list[str] = field(default_factory=list)
-    """partial: regular expressions over addresses, such as blocks/.*/attn/.* or .*norm/scale"""
+    """partial: regular expressions over addresses, such as blocks/.*/attn/.* or .*norm/scale; lora: what trains of the
+    base beside the adapter, PEFT's modules_to_save, such as embed/table, head/table, .*/bias"""
 
 
 class Plan(NamedTuple):
@@ -52,8 +53,9 @@ def plan(config: Config, depth: int) -> Plan:
       >>> plan(Config(method="partial", layers=2), 8)[:2]
       (['params/blocks/6-7/.*'], 6)
     """
-    if config.trainable and config.method != "partial":
-        raise ValueError(f"tuning.trainable is for tuning.method partial; the method is {config.method}")
+    if config.trainable and config.method == "full":
+        raise ValueError("tuning.trainable is for tuning.method lora or partial; the method is full")
+    patterns = [f"params/({pattern})" for pattern in config.trainable]
     stack, cut = ("", None) if config.layers is None else _stack(config.layers, depth)
     match config.method:
         case "full":
@@ -63,14 +65,13 @@ def plan(config: Config, depth: int) -> Plan:
         case "partial":
             if not stack and not config.trainable:
                 raise ValueError("tuning.method partial needs tuning.layers or tuning.trainable")
-            patterns = [f"params/blocks/{stack}/.*"] if stack else []
-            return Plan(patterns + [f"params/({pattern})" for pattern in config.trainable], cut, None)
+            return Plan([f"params/blocks/{stack}/.*"] * bool(stack) + patterns, cut, None)
         case _:
             spec = config.lora
             if stack:
                 inner = lora.ALL if spec.targets == "all" else spec.targets
                 spec = dataclasses.replace(spec, targets=f"(?=blocks/{stack}/)({inner})")
-            return Plan(lora.TRAINABLE, cut, spec)
+            return Plan([lora.TRAINABLE, *patterns], cut, spec)
 
 
 def _stack(layers: int, depth: int) -> tuple[str, int | None]:
@@ -92,22 +93,31 @@ def apply(plan: Plan, params: Tree, key: Key, *, mesh: Mesh, rules: sharding.Rul
 
     Returns:
       (trainable, frozen); `tree.combine` of the two are the model's variables.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or a weight that would train beside its own adapter.
     """
     variables: dict[str, Mapping] = {"params": params}
     if plan.lora:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        make = functools.partial(lora.init, params=shapes, spec=plan.lora)
-        placed = sharding.shardings(jax.eval_shape(make, key), lora.rules(rules), mesh)
-        variables["lora"] = jax.jit(make, out_shardings=placed)(key)
-    return tree.partition(variables, plan.trainable)
+        make = functools.partial(lora.init, spec=plan.lora)
+        placed = sharding.shardings(jax.eval_shape(make, key, params), lora.rules(rules), mesh)
+        variables["lora"] = jax.jit(make, out_shardings=placed)(key, params)
+    trainable, frozen = tree.partition(variables, plan.trainable)
+    learns, tied = set(tree.flat(trainable.get("params", {}))), "head" not in params
+    for layer in lora.layers(trainable.get("lora", {})):
+        table = "embed/table" if layer == "head" and tied else f"{layer}/table"
+        if twice := {f"{layer}/kernel", table} & learns:
+            raise ValueError(f"{twice.pop()} is in tuning.trainable and has an adapter; take it out of one of the two")
+    return trainable, frozen
 
 
 def describe(plan: Plan, trainable: Tree, frozen: Tree) -> dict[str, str]:
     """What trains, in figures, for people."""
-    learns, rests = tree.count(trainable), tree.count(frozen)
+    base = frozen.get("params", {})
+    learns, rests = tree.count(trainable), tree.count(base)
     named = [plan.trainable] if isinstance(plan.trainable, str) else plan.trainable
     return {
         "trains": " ".join(named),
         "parameters that train": f"{learns:,} of {learns + rests:,} ({learns / (learns + rests):.2%})",
-        "arrays that train": f"{len(tree.flat(trainable))} of {len(tree.flat(trainable)) + len(tree.flat(frozen))}",
+        "arrays that train": f"{len(tree.flat(trainable))} of {len(tree.flat(trainable)) + len(tree.flat(base))}",
     }

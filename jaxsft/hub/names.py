@@ -65,3 +65,18 @@ def by_address(params: Mapping) -> dict[Address, tuple]:
         for row, layer in enumerate(layers or [None]):
             found[Address(plain, layer)] = (leaf, None if layers is None else row)
     return found
+
+
+def adapted(adapter: Mapping) -> dict[Address, dict[str, tuple]]:
+    """Lists an adapter by the address of the weight it adds to: {part: (leaf, row or None)}, a, b, scale, ...
+
+    Example:
+      >>> list(adapted({"blocks": {"0-1": {"q": {"a": 1}}}, "embed": {"a": 2}}))[1:]
+      [Address(path='blocks/q/kernel', layer=1), Address(path='embed/table', layer=None)]
+    """
+    found: dict[Address, dict[str, tuple]] = {}
+    for (path, layer), leaf in by_address(adapter).items():
+        module, _, part = path.rpartition("/")
+        weight = "table" if module in ("embed", "head") else "kernel"
+        found.setdefault(Address(f"{module}/{weight}", layer), {})[part] = leaf
+    return found

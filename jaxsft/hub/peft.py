@@ -17,7 +17,7 @@ from jaxsft import tree
 from jaxsft.hub import names
 from jaxsft.hub.files import CheckpointError, Reader, Tensor, read_json, write, write_json
 from jaxsft.hub.weights import fetch
-from jaxsft.lora import LoRA, scale
+from jaxsft import lora
 from jaxsft.models import DecoderConfig, Family
 from jaxsft.tree import Tree
 

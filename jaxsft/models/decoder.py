@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import NO_WINDOW, Where, attend
 from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP, RMSNorm
@@ -87,7 +88,8 @@ class Cache(NamedTuple):
 class Model(NamedTuple):
     """A model as pure functions, in the manner of `optax.GradientTransformation`.
 
-    variables is {"params": ..., "lora": ...}, the second only with an adapter.
+    variables is {"params": ..., "lora": ...}, the second only with an adapter. Where that adapts the output layer,
+    features and table are wider than D by its rank (see `adapter.widen`).
     """
 
     config: DecoderConfig
@@ -251,8 +253,13 @@ def build(
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
-        params, lora = variables["params"], variables.get("lora", {}).get("blocks", {})
-        x = params["embed"]["table"][tokens].astype(dtype)
+        params, low = variables["params"], variables.get("lora", {})
+        lora = low.get("blocks", {})
+        if astray := set(lora) - set(params["blocks"]):
+            raise ValueError(
+                f"the adapter has stacks {sorted(astray)}, the model {sorted(params['blocks'])}; cut alike"
+            )
+        x = adapter.lookup(params["embed"]["table"], tokens, low.get("embed", {}), dtype)
         x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
         cos, sin, kind_of = _turns(config, where.positions)
         slots = None
@@ -282,6 +289,8 @@ def build(
             x, new = jax.lax.scan(layer, x, (weights, windows[own], kind_of[own], old, keys))
             caches.append(new)
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))
+        last = None if dropout is None else jax.random.fold_in(dropout, config.layers)
+        x = adapter.widen(x, low.get("head", {}), adapter.dropout(lora_dropout, last))
         if cache is not None:
             cache = Cache(*(jnp.concatenate(parts) for parts in zip(*caches, strict=True)))
         return x, cache
@@ -295,7 +304,8 @@ def build(
 
     def output(variables):
         params = variables["params"]
-        return params["embed" if config.tied else "head"]["table"]
+        tied = config.tied and "head" not in params  # an adapter may have parted the two
+        return adapter.wide(params["embed" if tied else "head"]["table"], variables.get("lora", {}).get("head", {}))
 
     def extend(variables, tokens, positions, cache):
         x, cache = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, None)
