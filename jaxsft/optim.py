@@ -14,8 +14,8 @@ import optax
 from jaxsft import tree
 
 DECAYS = ".*/(kernel|table|a|b|m)"  # m as in PEFT
-# What LoRA+ learns faster, as in PEFT. In the embedding's adapter A is the half that starts at zero; neither is faster.
-FASTER = ("lora/(?!embed/).*/(b|m)", "params/.*/(bias|scale)")
+# What LoRA+ learns faster, as in PEFT: B, and vectors. In the embedding's adapter, where A starts at zero, neither is.
+FASTER = ("lora/(?!embed/).*/b", "lora/.*/m", "params/.*/(bias|scale)")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ def main(cfg: Config) -> None:
         hub.export(str(merged), state.trainable["params"], source=cfg.model.path, shard_gb=cfg.export.shard_gb)
         written = {"merged": merged}
     else:
-        written = results.save(folder, cfg.model.path, plan, state.trainable, frozen, tokenizer=tokenizer, config=cfg.export)
+        written = results.save(
+            folder, cfg.model.path, plan, state.trainable, frozen, tokenizer=tokenizer, config=cfg.export
+        )
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

@@ -91,7 +91,9 @@ def main(cfg: Config) -> None:
     after = ask(tree.combine(state.trainable, frozen))
 
     # ---- what it leaves ------------------------------------------------------------------------------------------
-    written = results.save(folder, cfg.model.path, plan, state.trainable, frozen, tokenizer=tokenizer, config=cfg.export)
+    written = results.save(
+        folder, cfg.model.path, plan, state.trainable, frozen, tokenizer=tokenizer, config=cfg.export
+    )
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

@@ -57,6 +57,18 @@ def leaf_names(family: Family, path: str) -> tuple[list[str], bool]:
     raise ValueError(f"no Hugging Face name for {path}; add one to FAMILY.names")
 
 
+def name_of(family: Family, address: Address) -> tuple[str, bool]:
+    """The Hugging Face name of one weight, and whether it is transposed there.
+
+    Raises:
+      ValueError: the family has no name for it.
+    """
+    for name in family.names:
+        if name.path == address.path:
+            return name.hf.format(layer=address.layer), name.transposed
+    raise ValueError(f"no Hugging Face name for {address.path}; add one to FAMILY.names")
+
+
 def by_address(params: Mapping) -> dict[Address, tuple]:
     """Lists a tree's weights by address, each as (leaf, row of the leaf or None): nothing is sliced yet."""
     found = {}
