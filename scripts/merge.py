@@ -46,9 +46,8 @@ def of_folders(cfg: Config) -> tuple[dict, dict]:
     return lora.weighted([(one.lora, weight) for one, weight in zip(found, cfg.weights, strict=True)]), {}
 
 
-def of_checkpoint(step: Path, base: str, saved: dict) -> tuple[dict | None, dict]:
+def of_checkpoint(leaves: dict, base: str, saved: dict) -> tuple[dict | None, dict]:
     """The adapter of a step, if it has one, and the weights that trained."""
-    leaves = checkpoint.read_trained(step)
     if "lora" not in leaves:
         return None, leaves["params"]
     fields = {key.removeprefix("tuning.lora."): v for key, v in saved.items() if key.startswith("tuning.lora.")}
@@ -66,11 +65,11 @@ def main(cfg: Config) -> None:
     base, template = cfg.base, ""
     if cfg.checkpoint:
         step = Path(cfg.checkpoint)
-        saved = checkpoint.read_config(step)
+        leaves, saved = checkpoint.read_trained(step), checkpoint.read_config(step)
         if saved.get("init") == "random":
             raise run.RunError(f"{step} was trained from random weights and has no base; its run exports it")
         base, template = base or saved["model.path"], saved.get("data.template", "")
-        adapter, trained = of_checkpoint(step, base, saved)
+        adapter, trained = of_checkpoint(leaves, base, saved)
     else:
         adapter, trained = of_folders(cfg)
         template = hub.adapter_template(cfg.adapter if isinstance(cfg.adapter, str) else cfg.adapter[0])

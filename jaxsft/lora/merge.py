@@ -54,9 +54,8 @@ def folded(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "a0" not in leaves:
         return dict(leaves)
-    np_ = np if isinstance(leaves["a"], np.ndarray) else jnp
-    a = np_.concatenate([leaves["a"], leaves["a0"]], axis=-1)
-    b = np_.concatenate([leaves["b"], -leaves["b0"]], axis=-2)
+    a = _joined([leaves["a"], leaves["a0"]], axis=-1)
+    b = _joined([leaves["b"], -leaves["b0"]], axis=-2)
     return {name: leaf for name, leaf in leaves.items() if name not in ("a0", "b0")} | {"a": a, "b": b}
 
 
@@ -138,7 +137,13 @@ def weighted(adapters: Sequence[tuple[Mapping, float]]) -> Tree:
         raise ValueError("there is no adapter to add up; give (adapter, weight) pairs")
     sums = {}
     for layer, pairs in parts.items():
-        sums[f"{layer}/a"] = jnp.concatenate([a for a, _ in pairs], axis=-1)
-        sums[f"{layer}/b"] = jnp.concatenate([b for _, b in pairs], axis=-2)
-        sums[f"{layer}/scale"] = jnp.ones(pairs[0][0].shape[:-2], jnp.float32)
+        sums[f"{layer}/a"] = _joined([a for a, _ in pairs], axis=-1)
+        sums[f"{layer}/b"] = _joined([b for _, b in pairs], axis=-2)
+        sums[f"{layer}/scale"] = np.ones(pairs[0][0].shape[:-2], np.float32)
     return tree.nest(sums)
+
+
+def _joined(arrays: Sequence[Any], axis: int) -> Any:
+    """Concatenates what is on the host there, and what is on devices there."""
+    host = all(isinstance(x, np.ndarray) for x in arrays)
+    return np.concatenate(arrays, axis) if host else jnp.concatenate(arrays, axis)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
 from jax.sharding import PartitionSpec
 
 from jaxsft import tree
@@ -78,7 +79,9 @@ def matrix(params: Mapping, layer: str) -> Any:
     if f"{layer}/kernel" in leaves:
         return leaves[f"{layer}/kernel"]
     if layer == "head":  # a tied one has no table of its own
-        return leaves["head/table" if "head/table" in leaves else "embed/table"].T
+        table = leaves["head/table" if "head/table" in leaves else "embed/table"]
+        shape = isinstance(table, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(table.shape[::-1], table.dtype) if shape else table.T
     if f"{layer}/table" not in leaves:
         raise ValueError(f"the adapter at {layer} has no kernel to merge into; was it made for another model?")
     return leaves[f"{layer}/table"]

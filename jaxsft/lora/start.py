@@ -89,7 +89,9 @@ def init(key: Key, params: Mapping, spec: LoRA) -> Tree:
         if r < 1:
             raise ValueError(f"tuning.lora.rank is {r}; it must be at least 1")
         if subtracts(spec, layer):
-            leaves[f"{layer}/a"], leaves[f"{layer}/b"] = _start(kernel, layer, r, spec)
+            for half, start in zip("ab", _start(kernel, layer, r, spec), strict=True):
+                # A copy: a step gives the memory of what trains away.
+                leaves[f"{layer}/{half}"], leaves[f"{layer}/{half}0"] = jnp.copy(start), start
         else:
             own = jax.random.fold_in(key, zlib.crc32(layer.encode()))
             a, b, bound = (*stack, n_in, r), (*stack, r, n_out), 1 / math.sqrt(n_in)
@@ -119,7 +121,7 @@ def complete(adapter: Mapping, params: Mapping, spec: LoRA) -> Tree:
     for path in [p for p in leaves if p.endswith("/a")]:
         layer = path.removesuffix("/a")
         leaves[f"{layer}/scale"] = jnp.full(leaves[path].shape[:-2], of.scale(spec, layer), jnp.float32)
-        if subtracts(spec, layer):
+        if subtracts(spec, layer) and f"{layer}/a0" not in leaves:
             start = _start(matrix(params, layer), layer, leaves[path].shape[-1], spec)
             leaves[f"{layer}/a0"], leaves[f"{layer}/b0"] = start
     return tree.nest(leaves)
@@ -132,9 +134,13 @@ def _start(kernel: Array, layer: str, rank: int, spec: LoRA) -> Factors:
         raise ValueError(
             f"tuning.lora.rank {rank} is more than {layer} of {n_in} x {n_out} has; {spec.init} needs less"
         )
-    flat = _values(kernel, layer).reshape(-1, n_in, n_out)
-    a, b = jax.lax.map(lambda w: STARTS[spec.init](w, rank, of.scale(spec, layer)), flat)
+    a, b = _each(_values(kernel, layer).reshape(-1, n_in, n_out), spec.init, rank, of.scale(spec, layer))
     return a.reshape(*stack, n_in, rank), b.reshape(*stack, rank, n_out)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _each(kernels: Float[Array, "L I O"], start: str, rank: int, scale: float):
+    return jax.lax.map(lambda kernel: STARTS[start](kernel, rank, scale), kernels)
 
 
 def _values(kernel: Array, layer: str) -> Array:

@@ -63,11 +63,11 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
 @family
 def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     model, params = built(kind)
-    adapter = lora.init(jax.random.key(1), params, lora.LoRA(rank=2))
+    adapter = lora.init(jax.random.key(1), params, lora.LoRA(rank=2, targets=f"embed|head|{lora.ALL}"))
     placed = sharding.shardings(adapter, lora.rules(FAMILIES[kind].rules), sharding.mesh(2, 2, 2))
     assert tree.flat(placed).keys() == tree.flat(adapter).keys()
     kernels = [path for path in tree.flat(params) if path.endswith("/kernel")]
-    assert len(tree.flat(adapter)) == 3 * len(kernels)
+    assert len(tree.flat(adapter)) == 3 * (len(kernels) + 2)
     noisy = jax.tree.map(lambda x: x + 0.1, adapter)  # B = 0 would give A no gradient
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
     ones = jnp.ones_like(tokens)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxsft import hub, lora, make_step, objectives, optim, tree, tuning
 from jaxsft.hub import names
-from jaxsft.hub import peft as peft_names
+from jaxsft.hub.peft import names as peft_names
 from jaxsft.lora import LoRA
 
 from .pairs import documents, load_torch, ours, theirs, torch

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jaxsft import lora
 from jaxsft.hub.files import CheckpointError, read_json
+from jaxsft.hub.peft.names import CONFIG
 from jaxsft.lora import LoRA
 
-CONFIG = "adapter_config.json"
 READ = frozenset(
     "alpha_pattern bias ensure_weight_tying init_lora_weights lora_alpha lora_dropout modules_to_save peft_type r "
     "rank_pattern target_modules use_dora use_rslora".split()
@@ -36,6 +36,7 @@ class Settings(NamedTuple):
     spec: LoRA
     ranks: Mapping[str, int]  # by PEFT's patterns
     alphas: Mapping[str, float]
+    saved: tuple[str, ...]  # ends of the names of modules that replace the base's
     tied: bool  # the output layer goes with the embedding where that was trained
 
     def of(self, module: str) -> LoRA:
@@ -85,8 +86,9 @@ def read_settings(folder: Path) -> Settings:
         dora=bool(config.get("use_dora", False)),
         init=start if start in lora.STARTS else "lora",  # type: ignore[arg-type]
     )
-    tied = bool(config.get("ensure_weight_tying", False))
-    return Settings(spec, config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}, tied)
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    saved, tied = tuple(config.get("modules_to_save") or ()), bool(config.get("ensure_weight_tying", False))
+    return Settings(spec, ranks, alphas, saved, tied)
 
 
 def to_config(sizes: Mapping[str, tuple[int, float]], spec: LoRA, *, base: str, **more: Any) -> dict[str, Any]:
