@@ -4,7 +4,7 @@ Source: Loshchilov and Hutter 2017, arXiv:1711.05101. Norm scales and biases do 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ import optax
 
 from jaxsft import tree
 
-DECAYS = ".*/(kernel|table|a|b)"
+DECAYS = ".*/(kernel|table|a|b|m)"  # m as in PEFT
+# What LoRA+ learns faster, as in PEFT: B, and vectors. In the embedding's adapter, where A starts at zero, neither is.
+FASTER = ("lora/(?!embed/).*/b", "lora/.*/m", "params/.*/(bias|scale)")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Config:
     """decay of the second moment"""
     eps: float = 1e-8
     """added to the root of the second moment"""
+    lora_plus: float = 1.0
+    """learning rate of an adapter's B over that of A; LoRA+ (Hayou et al. 2024, arXiv:2402.12354) advises about 16"""
 
 
 def schedule(
@@ -77,6 +81,9 @@ def build(config: Config, steps: int) -> tuple[optax.GradientTransformation, Cal
     Returns:
       (tx, schedule): the transformation, and the learning rate it uses, for the log.
 
+    Raises:
+      ValueError: an unknown schedule; a ratio for LoRA+ that is not positive, or, in `tx.init`, no adapter to use it.
+
     Example:
       >>> tx, rate = build(Config(schedule="constant"), steps=10)
       >>> float(rate(3)) == Config().learning_rate or round(float(rate(3)), 6)
@@ -84,7 +91,18 @@ def build(config: Config, steps: int) -> tuple[optax.GradientTransformation, Cal
     """
     c = config
     rate = schedule(c.learning_rate, c.schedule, steps, warmup_steps=c.warmup_steps, final_ratio=c.final_ratio)
+    if c.lora_plus <= 0:
+        raise ValueError(f"optim.lora_plus is {c.lora_plus}; it must be above 0, about 16, or 1 for none")
     decays = lambda params: tree.nest({p: tree.matches(DECAYS, p) for p in tree.flat(params)})
     chain = [optax.clip_by_global_norm(c.clip)] if c.clip else []
     chain.append(optax.adamw(rate, c.beta1, c.beta2, c.eps, weight_decay=c.weight_decay, mask=decays))
+    if c.lora_plus != 1:
+        chain.append(optax.masked(optax.scale(c.lora_plus), _faster))
     return optax.chain(*chain), rate
+
+
+def _faster(params: Mapping) -> tree.Tree:
+    found = {path: tree.matches(FASTER, path) for path in tree.flat(params)}
+    if not any(found[path] for path in found if path.startswith("lora/")):
+        raise ValueError("optim.lora_plus is for adapters of linear layers, and none trains; leave it at 1")
+    return tree.nest(found)

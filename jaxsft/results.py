@@ -3,13 +3,21 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxsft import hub, lora, report
+from jaxsft import hub, report, tree
 from jaxsft.hub import ExportConfig
 from jaxsft.tuning import Plan
 
 
 def save(
-    folder: Path, base: str, plan: Plan, trained: Mapping, *, tokenizer, config: ExportConfig, quantise: str = "none"
+    folder: Path,
+    base: str,
+    plan: Plan,
+    trained: Mapping,
+    frozen: Mapping,
+    *,
+    tokenizer,
+    config: ExportConfig,
+    quantise: str = "none",
 ) -> dict[str, Path]:
     """Writes adapter and merged checkpoint of what a run trained.
 
@@ -18,6 +26,7 @@ def save(
       base: the checkpoint that was fine-tuned.
       plan: what trained, from `tuning.plan`.
       trained: `State.trainable`, or the same tree of a checkpoint.
+      frozen: what did not train beside it, for the constants of an adapter.
       tokenizer: the run's, whose chat template goes along where the base has none.
       config: which of the two to write, and how large a file may be.
       quantise: what the base was packed as while training; it is merged into as its files have it all the same.
@@ -26,13 +35,14 @@ def save(
       {"adapter": folder, "merged": folder}, those written.
     """
     written, (family, shape) = {}, hub.read_config(hub.resolve(base))
-    adapter = lora.with_scale(trained["lora"], plan.lora) if plan.lora else None
+    adapter = tree.combine(trained["lora"], frozen["lora"]) if plan.lora else None
+    params = trained.get("params", {})
     if adapter is not None and plan.lora and config.adapter:
         written["adapter"] = folder / "adapter"
-        hub.export_adapter(str(written["adapter"]), adapter, plan.lora, family=family, base=base, config=shape)
+        given = {"trained": params, "family": family, "base": base, "config": shape}
+        hub.export_adapter(str(written["adapter"]), adapter, plan.lora, **given)
     if config.merged:
         written["merged"] = folder / "merged"
-        params = trained.get("params")
         hub.merge(base, str(written["merged"]), adapter=adapter, trained=params, shard_gb=config.shard_gb)
     for path in written.values() if family.task else ():  # nobody asks an encoder
         hub.save_template(path, tokenizer)

@@ -1,13 +1,12 @@
 """What trains: LoRA, everything, or a part, each as a pattern over the addresses of the variables.
 
-lora      lora/.*/(a|b)              adapters beside a frozen base
+lora      lora/.*/(a|b|m)            adapters beside a frozen base, and what patterns name of the base itself
 full      params/.*
 partial   params/blocks/6-7/.*       the last two of eight layers; the backward pass ends there
           params/(.*norm/scale)      or whatever patterns say
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -31,7 +30,8 @@ class Config:
     layers: int | None = None
     """partial and lora: only the last n layers, or with a negative number only the first n"""
     trainable: list[str] = field(default_factory=list)
-    """partial: regular expressions over addresses, such as blocks/.*/attn/.* or .*norm/scale"""
+    """partial: regular expressions over addresses, such as blocks/.*/attn/.* or .*norm/scale; lora: what trains of the
+    base beside the adapter, PEFT's modules_to_save, such as embed/table, head/table, .*/bias"""
 
 
 class Plan(NamedTuple):
@@ -52,8 +52,9 @@ def plan(config: Config, depth: int) -> Plan:
       >>> plan(Config(method="partial", layers=2), 8)[:2]
       (['params/blocks/6-7/.*'], 6)
     """
-    if config.trainable and config.method != "partial":
-        raise ValueError(f"tuning.trainable is for tuning.method partial; the method is {config.method}")
+    if config.trainable and config.method == "full":
+        raise ValueError("tuning.trainable is for tuning.method lora or partial; the method is full")
+    patterns = [f"params/({pattern})" for pattern in config.trainable]
     stack, cut = ("", None) if config.layers is None else _stack(config.layers, depth)
     match config.method:
         case "full":
@@ -63,14 +64,13 @@ def plan(config: Config, depth: int) -> Plan:
         case "partial":
             if not stack and not config.trainable:
                 raise ValueError("tuning.method partial needs tuning.layers or tuning.trainable")
-            patterns = [f"params/blocks/{stack}/.*"] if stack else []
-            return Plan(patterns + [f"params/({pattern})" for pattern in config.trainable], cut, None)
+            return Plan([f"params/blocks/{stack}/.*"] * bool(stack) + patterns, cut, None)
         case _:
             spec = config.lora
             if stack:
                 inner = lora.ALL if spec.targets == "all" else spec.targets
                 spec = dataclasses.replace(spec, targets=f"(?=blocks/{stack}/)({inner})")
-            return Plan(lora.TRAINABLE, cut, spec)
+            return Plan([lora.TRAINABLE, *patterns], cut, spec)
 
 
 def _stack(layers: int, depth: int) -> tuple[str, int | None]:
@@ -95,37 +95,47 @@ def apply(plan: Plan, base: Mapping, key: Key, *, mesh: Mesh, rules: sharding.Ru
       (trainable, frozen); `tree.combine` of the two are the model's variables.
 
     Raises:
-      ValueError: a kernel that is to train is packed.
+      ValueError: a pattern that matches nothing, a weight that would train beside its own adapter, or one that is
+        packed.
     """
     variables, kernels = dict(base), quant.kernels(base.get("packed", {}))
     quant.check(plan.trainable, tree.flat(kernels))
     if plan.lora:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base["params"])
-        shapes = tree.combine(shapes, kernels)
-        make = functools.partial(lora.init, params=shapes, spec=plan.lora)
-        low = sharding.abstract(jax.eval_shape(make, key), lora.rules(rules), mesh)
+        make = lambda key, base, spec=plan.lora: lora.init(key, _weights(base), spec)
+        low = sharding.abstract(jax.eval_shape(make, key, base), lora.rules(rules), mesh)
         exists = not isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct)
-        variables["lora"] = jax.jit(make, out_shardings=sharding.of(low))(key) if exists else low
-    return tree.partition(variables, plan.trainable)
+        variables["lora"] = jax.jit(make, out_shardings=sharding.of(low))(key, base) if exists else low
+    trainable, frozen = tree.partition(variables, plan.trainable)
+    learns, tied = set(tree.flat(trainable.get("params", {}))), "head" not in base["params"]
+    for layer in lora.layers(trainable.get("lora", {})):
+        table = "embed/table" if layer == "head" and tied else f"{layer}/table"
+        if twice := {f"{layer}/kernel", table} & learns:
+            raise ValueError(f"{twice.pop()} is in tuning.trainable and has an adapter; take it out of one of the two")
+    return trainable, frozen
+
+
+def _weights(base: Mapping) -> Tree:
+    """The parameters with what is packed unpacked; where a fresh adapter does not look, nothing is."""
+    packed = lora.layers(base.get("packed", {}))
+    return tree.combine(base["params"], tree.nest({f"{at}/kernel": quant.unpack(x) for at, x in packed.items()}))
 
 
 def count(trainable: Tree, frozen: Tree) -> int:
-    """Counts parameters and what the adapter adds; a packed kernel counts as what it stands for."""
-    rest = {name: part for name, part in frozen.items() if name != "packed"}
-    return sum(tree.count(part) for part in (trainable, rest, quant.kernels(frozen.get("packed", {}))))
+    """Counts parameters and what trains beside them; a packed kernel counts as what it stands for."""
+    return sum(tree.count(x) for x in (trainable, frozen.get("params", {}), quant.kernels(frozen.get("packed", {}))))
 
 
 def describe(plan: Plan, trainable: Tree, frozen: Tree) -> dict[str, str]:
     """What trains, in figures, for people."""
     packed = frozen.get("packed", {})
     kernels = quant.kernels(packed)
-    frozen = {**frozen, "packed": kernels}  # a packed kernel counts as what it stands for
-    learns, rests = tree.count(trainable), tree.count(frozen)
+    base = {**frozen.get("params", {}), "packed": kernels}  # a packed kernel counts as what it stands for
+    learns, rests = tree.count(trainable), tree.count(base)
     named = [plan.trainable] if isinstance(plan.trainable, str) else plan.trainable
     lines = {
         "trains": " ".join(named),
         "parameters that train": f"{learns:,} of {learns + rests:,} ({learns / (learns + rests):.2%})",
-        "arrays that train": f"{len(tree.flat(trainable))} of {len(tree.flat(trainable)) + len(tree.flat(frozen))}",
+        "arrays that train": f"{len(tree.flat(trainable))} of {len(tree.flat(trainable)) + len(tree.flat(base))}",
     }
     if packed:
         n, size = tree.count(kernels), sum(x.nbytes for x in jax.tree.leaves(packed))

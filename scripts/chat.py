@@ -2,20 +2,22 @@
 
     python scripts/chat.py --model runs/quickstart/merged
     python scripts/chat.py --model BASE --adapter runs/quickstart/adapter --sample.temperature 0.7
+    python scripts/chat.py --model BASE --adapters '{calm: runs/a/adapter, wild: runs/b/adapter}'
     python scripts/chat.py --config configs/chat.yaml --ask "Who are you?"
 
-An empty line or Ctrl-D ends the talk; /new forgets it and begins another.
+An empty line or Ctrl-D ends the talk; /new forgets it and begins another. With several adapters, of which the first one
+answers at first, /use wild lets another one answer, and /use base the model without any; the talk goes on.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxsft import config, data, hub, run, sample, sections
+from jaxsft import config, data, hub, lora, run, sample, sections
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Config:
     """a folder with config.json and safetensors, or a hub name"""
     adapter: str = ""
     """an adapter folder in PEFT's format, to put on the model"""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """several of them, {name: folder}, over one base; /use name switches"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of weights and computation"""
     quantise: Literal["none", "int8", "nf4"] = "none"
@@ -53,16 +57,37 @@ def pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     yield tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
 
 
+class Voice(NamedTuple):
+    """Who answers: variables, and the tokenizer with the chat template that was taught."""
+
+    variables: dict
+    tokenizer: Any
+    stop: tuple[int, ...]
+
+
+def voices(cfg: Config, model, base: dict) -> dict[str, Voice]:
+    """The base, and each adapter on it, by name; the base's arrays are there once."""
+    if cfg.adapter and cfg.adapters:
+        raise run.RunError("give either adapter, one folder, or adapters, {name: folder}")
+    if "base" in cfg.adapters:
+        raise run.RunError("an adapter cannot be called base, which means none; give it another name")
+    family, _ = hub.read_config(hub.resolve(cfg.model))
+    found = {}
+    for name, folder in {**({"adapter": cfg.adapter} if cfg.adapter else cfg.adapters), "base": ""}.items():
+        variables = base
+        if folder:
+            adapter = hub.load_adapter(folder, hub.on_disk(cfg.model), family=family, config=model.config)
+            variables = base | jax.tree.map(jnp.asarray, lora.attach(base["params"], adapter))
+        template = cfg.template or (hub.adapter_template(folder) if folder else "")
+        tokenizer = data.with_template(hub.load_tokenizer(cfg.model), template)
+        found[name] = Voice(variables, tokenizer, hub.stop_tokens(cfg.model, tokenizer))
+    return found
+
+
 def main(cfg: Config) -> None:
-    template = cfg.template or (hub.adapter_template(cfg.adapter) if cfg.adapter else "")
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model), template)
-    model, variables = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
-    if cfg.adapter:
-        family, _ = hub.read_config(hub.resolve(cfg.model))
-        variables["lora"], _ = hub.load_adapter(
-            cfg.adapter, hub.shapes(model.config), family=family, config=model.config
-        )
-    stop, draw = hub.stop_tokens(cfg.model, tokenizer), cfg.sample
+    model, base = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
+    known, draw = voices(cfg, model, base), cfg.sample
+    voice = next(iter(known.values()))
     first = [data.Message("system", cfg.system)] if cfg.system else []
     messages, turn = list(first), 0
     while True:
@@ -75,20 +100,25 @@ def main(cfg: Config) -> None:
         if said == "/new":
             messages = list(first)
             continue
+        if said.startswith("/use"):
+            name = said.removeprefix("/use").strip()
+            voice = known.get(name, voice)
+            print(f"{name} answers" if name in known else f"there is no {name!r}; there are {', '.join(known)}")
+            continue
         messages.append(data.Message("user", said))
         tokens = sample.stream(
             model,
-            variables,
-            data.prompt_ids(messages, tokenizer),
+            voice.variables,
+            data.prompt_ids(messages, voice.tokenizer),
             max_new_tokens=draw.max_new_tokens,
             temperature=draw.temperature,
             top_k=draw.top_k,
             top_p=draw.top_p,
-            stop=stop,
+            stop=voice.stop,
             key=jax.random.fold_in(jax.random.key(draw.seed), turn),
         )
         answer = ""
-        for piece in pieces(tokenizer, tokens):
+        for piece in pieces(voice.tokenizer, tokens):
             print(piece, end="", flush=True)
             answer += piece
         print()

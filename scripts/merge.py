@@ -1,15 +1,17 @@
 """Merge: fold what a run trained into its base, shard by shard, in float32 cast once.
 
     python scripts/merge.py --base BASE --adapter RUN/adapter --out MERGED
+    python scripts/merge.py --base BASE --adapter '[RUN/adapter, OTHER/adapter]' --weights '[0.7, 0.3]' --out MERGED
     python scripts/merge.py --checkpoint RUN/checkpoints/STEP --out MERGED
 
-The first form takes a PEFT adapter folder, ours or PEFT's; the second any step of a run, whose base it knows.
+The first form takes a PEFT adapter folder, ours or PEFT's; the second the weighted sum of several; the third any step
+of a run, whose base it knows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxsft import checkpoint, config, data, hub, lora, report, results, run
+from jaxsft import checkpoint, config, data, hub, lora, report, results, run, tuning
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,10 @@ class Config:
 
     base: str = ""
     """the checkpoint that was fine-tuned, folder or hub name; with checkpoint, the one it was trained on by default"""
-    adapter: str = ""
-    """an adapter folder in PEFT's format"""
+    adapter: list[str] | str = ""
+    """an adapter folder in PEFT's format, or a list of them"""
+    weights: list[float] = field(default_factory=list)
+    """of several adapters: the change of the weights is the sum of theirs, each times its weight"""
     checkpoint: str = ""
     """a step of a run: RUN/checkpoints/STEP"""
     out: str = "runs/merged"
@@ -28,27 +32,53 @@ class Config:
     """the largest weight file, in 10^9 bytes"""
 
 
+def of_folders(cfg: Config) -> tuple[dict, dict]:
+    """The adapter that was asked for, or the weighted sum of several, and the weights that go with it."""
+    folders = [cfg.adapter] if isinstance(cfg.adapter, str) else cfg.adapter
+    family, shape = hub.read_config(hub.resolve(cfg.base))
+    found = [hub.load_adapter(folder, hub.on_disk(cfg.base), family=family, config=shape) for folder in folders]
+    if len(found) == 1 and not cfg.weights:
+        return found[0].lora, found[0].params
+    if len(found) != len(cfg.weights):
+        raise run.RunError(f"there are {len(found)} adapters and {len(cfg.weights)} weights; give a weight for each")
+    if whole := [folder for folder, one in zip(folders, found, strict=True) if one.params]:
+        raise run.RunError(f"{whole[0]} holds whole weights (modules_to_save), which do not add up; merge it alone")
+    return lora.weighted([(one.lora, weight) for one, weight in zip(found, cfg.weights, strict=True)]), {}
+
+
+def of_checkpoint(leaves: dict, base: str, saved: dict) -> tuple[dict | None, dict]:
+    """The adapter of a step, if it has one, and the weights that trained."""
+    if "lora" not in leaves:
+        return None, leaves["params"]
+    fields = {key.removeprefix("tuning.lora."): v for key, v in saved.items() if key.startswith("tuning.lora.")}
+    if saved["tuning.lora.init"] != "lora" and saved.get("model.quantise", "none") != "none":
+        raise run.RunError(
+            "what PiSSA and OLoRA started at over a packed base is not in the checkpoint; resume the run, and take the "
+            "merged model that it exports at its end"
+        )
+    depth = hub.read_config(hub.resolve(base))[1].layers
+    cut = tuning.plan(tuning.Config(layers=saved["tuning.layers"]), depth).cut
+    params = hub.on_disk(base, dtype=saved["model.dtype"], cut=cut)
+    return lora.complete(leaves["lora"], params, lora.LoRA(**fields)), leaves.get("params", {})
+
+
 def main(cfg: Config) -> None:
     if bool(cfg.adapter) == bool(cfg.checkpoint):
         raise run.RunError("give either adapter (a PEFT folder) or checkpoint (RUN/checkpoints/STEP)")
-    adapter = trained = None
-    template, quantise = "", "none"
+    if cfg.weights and cfg.checkpoint:
+        raise run.RunError("weights are those of several adapters; a checkpoint has none")
+    base, template, quantise = cfg.base, "", "none"
     if cfg.checkpoint:
         step = Path(cfg.checkpoint)
         leaves, saved = checkpoint.read_trained(step), checkpoint.read_config(step)
-        base = cfg.base or saved["model.path"]
         if saved.get("init") == "random":
             raise run.RunError(f"{step} was trained from random weights and has no base; its run exports it")
-        if "lora" in leaves:
-            fields = {key.removeprefix("tuning.lora."): v for key, v in saved.items() if key.startswith("tuning.lora.")}
-            adapter = lora.with_scale(leaves["lora"], lora.LoRA(**fields))
-        trained, template = leaves.get("params"), saved.get("data.template", "")
+        base, template = base or saved["model.path"], saved.get("data.template", "")
         quantise = saved.get("model.quantise", "none")
+        adapter, trained = of_checkpoint(leaves, base, saved)
     else:
-        base = cfg.base
-        family, shape = hub.read_config(hub.resolve(base))
-        template = hub.adapter_template(cfg.adapter)
-        adapter, _ = hub.load_adapter(cfg.adapter, hub.shapes(shape), family=family, config=shape)
+        adapter, trained = of_folders(cfg)
+        template = hub.adapter_template(cfg.adapter if isinstance(cfg.adapter, str) else cfg.adapter[0])
     files = hub.merge(base, cfg.out, adapter=adapter, trained=trained, shard_gb=cfg.shard_gb)
     if hub.read_config(hub.resolve(base))[0].task:  # nobody asks an encoder
         hub.save_template(Path(cfg.out), data.with_template(hub.load_tokenizer(base), template))

@@ -141,6 +141,7 @@ def main(cfg: Config) -> None:
             cfg.model.path,
             plan,
             state.trainable,
+            frozen,
             tokenizer=tokenizer,
             config=cfg.export,
             quantise=cfg.model.quantise,

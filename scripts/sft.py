@@ -102,6 +102,7 @@ def main(cfg: Config) -> None:
         cfg.model.path,
         plan,
         state.trainable,
+        frozen,
         tokenizer=tokenizer,
         config=cfg.export,
         quantise=cfg.model.quantise,

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -32,6 +33,9 @@ def params(seed=0):
         "params/norm/scale": (3,),
         "lora/blocks/0-1/attn/q/a": (2, 3, 2),
         "lora/blocks/0-1/attn/q/b": (2, 2, 3),
+        "lora/blocks/0-1/attn/q/m": (2, 3),
+        "lora/embed/a": (4, 2),
+        "lora/embed/b": (2, 3),
     }
     return tree.nest({path: jnp.asarray(draw.normal(size=shape), jnp.float32) for path, shape in shapes.items()})
 
@@ -107,3 +111,37 @@ def test_clipping_bounds_the_global_norm_and_leaves_small_gradients_alone():
     step = lambda tx, grads: np.asarray(tx.update(grads, tx.init(grads), grads)[0]["w"])
     np.testing.assert_allclose(step(chain, small), step(free, small))
     np.testing.assert_allclose(step(chain, big), step(free, {"w": jnp.array([0.6, 0.8])}), rtol=1e-5)
+
+
+def test_lora_plus_learns_b_and_vectors_faster_and_decays_them_so():
+    """Each parameter's update is that of a chain with its own learning rate (Hayou et al. 2024)."""
+    config = Config(learning_rate=0.1, schedule="linear", weight_decay=0.05, clip=0.5, lora_plus=16.0)
+    faster = {"b", "m", "bias", "scale"}
+    chains = {
+        ratio: optim.build(dataclasses.replace(config, learning_rate=0.1 * ratio, lora_plus=1.0), 6)[0]
+        for ratio in (1, 16)
+    }
+    ours, (tx, rate) = params(), optim.build(config, 6)
+    assert float(rate(0)) == np.float32(0.1)  # of A, for the log
+
+    @jax.jit
+    def step(tx_state, states, grads, current):
+        updates, tx_state = tx.update(grads, tx_state, current)
+        found = {ratio: chains[ratio].update(grads, states[ratio], current) for ratio in chains}
+        return updates, tx_state, {r: u for r, (u, _) in found.items()}, {r: s for r, (_, s) in found.items()}
+
+    state, states = tx.init(ours), {ratio: chain.init(ours) for ratio, chain in chains.items()}
+    for seed in (1, 2, 3):
+        updates, state, expected, states = step(state, states, params(seed), ours)
+        for path, update in tree.flat(updates).items():
+            fast = path.rpartition("/")[2] in faster and path != "lora/embed/b"
+            np.testing.assert_allclose(update, tree.flat(expected[16 if fast else 1])[path], rtol=1e-5, err_msg=path)
+        ours = jax.tree.map(jnp.add, ours, updates)
+
+
+def test_lora_plus_without_an_adapter_or_a_ratio_is_refused():
+    with pytest.raises(ValueError, match="optim.lora_plus is 0.0; it must be above 0"):
+        optim.build(Config(lora_plus=0.0), 3)
+    tx, _ = optim.build(Config(lora_plus=16.0), 3)
+    with pytest.raises(ValueError, match="optim.lora_plus is for adapters of linear layers, and none trains"):
+        tx.init({"params": {"w": jnp.ones(3)}, "lora": {"embed": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}})

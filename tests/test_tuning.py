@@ -103,6 +103,30 @@ def test_lora_trains_a_and_b_of_every_kernel_and_nothing_of_the_base():
     assert cut is None
 
 
+def test_lora_trains_what_patterns_name_of_the_base_beside_it():
+    trains, rests, _ = learns(Config(lora=LoRA(rank=2, targets=".*/q"), trainable=["embed/table", ".*/(scale|bias)"]))
+    beside = {"params/embed/table", "params/norm/scale", *stack("0-3", ("attn/q/bias", "attn_norm/scale"))}
+    assert trains == adapters("0-3", ["attn/q"]) | beside
+    assert {p for p in rests if p.startswith("params/")} == stack("0-3", [f"{name}/kernel" for name in KERNELS])
+
+
+def test_dora_trains_its_magnitudes_and_pissa_keeps_what_it_started_at():
+    trains, rests, _ = learns(Config(lora=LoRA(rank=2, dora=True, init="pissa")))
+    assert trains == {f"lora/blocks/0-3/{layer}/{part}" for layer in KERNELS for part in ("a", "b", "m")}
+    constants = {f"lora/blocks/0-3/{layer}/{part}" for layer in KERNELS for part in ("a0", "b0", "scale")}
+    assert {p for p in rests if p.startswith("lora/")} == constants
+
+
+@pytest.mark.parametrize(("targets", "trainable", "name"), [
+    (".*/q", ".*/q/kernel", "blocks/0-3/attn/q/kernel"),
+    ("embed", "embed/table", "embed/table"),
+    ("head", "embed/table", "embed/table"),  # tied: the output layer has no other
+])  # fmt: skip
+def test_a_weight_that_would_train_beside_its_own_adapter_is_refused(targets, trainable, name):
+    with pytest.raises(ValueError, match=f"{name} is in tuning.trainable and has an adapter; take it out of one"):
+        learns(Config(lora=LoRA(rank=2, targets=targets), trainable=[trainable]))
+
+
 Q_O = ".*/q|.*/o", ("attn/q", "attn/o")
 
 
@@ -132,8 +156,7 @@ def test_a_new_adapter_lies_on_the_mesh_as_its_kernels_do_and_equals_a_plain_one
 
 @pytest.mark.parametrize(("config", "message"), [
     (Config(method="full", layers=2), "tuning.layers is for tuning.method lora or partial; the method is full"),
-    (Config(method="full", trainable=["x"]), "tuning.trainable is for tuning.method partial; the method is full"),
-    (Config(method="lora", trainable=["x"]), "tuning.trainable is for tuning.method partial; the method is lora"),
+    (Config(method="full", trainable=["x"]), "tuning.trainable is for tuning.method lora or partial; the"),
     (Config(method="partial"), "tuning.method partial needs tuning.layers or tuning.trainable"),
     (Config(method="partial", layers=0), "tuning.layers is 0, but the model has 4 layers"),
     (Config(method="partial", layers=5), "tuning.layers is 5, but the model has 4 layers; give 1 to 4, or negative"),
@@ -189,3 +212,18 @@ def test_the_description_counts_a_packed_kernel_as_what_it_stands_for(kind, size
         for base in (packed(kind), {"params": params()})
     )
     assert lines == plain | {"packed": f"896 parameters in 0.00 MB, {8 * size / 896:.2f} bits each"}
+
+
+def test_the_description_of_an_adapter_leaves_its_constants_out():
+    plan = tuning.plan(
+        Config(lora=LoRA(rank=2, dora=True, init="pissa", targets=".*/q"), trainable=["norm/scale"]), DEPTH
+    )
+    made = tuning.apply(plan, params(), jax.random.key(0), mesh=sharding.mesh(devices=jax.devices()[:1]), rules=RULES)
+    lines = tuning.describe(plan, *made)
+    learned, base = 4 * (8 * 2 + 2 * 8 + 8) + 8, tree.count(params())
+    assert (
+        lines["parameters that train"]
+        == f"{learned:,} of {learned + base - 8:,} ({learned / (learned + base - 8):.2%})"
+    )
+    assert lines["arrays that train"] == "4 of 10"
+    assert lines["trains"] == "lora/.*/(a|b|m) params/(norm/scale)"

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxsft.hub.files import CheckpointError, resolve
 from jaxsft.hub.peft import export_adapter, load_adapter
 from jaxsft.hub.tokenizer import adapter_template, load_tokenizer, save_template, stop_tokens
-from jaxsft.hub.weights import abstract, export, init, load, load_variables, merge, read_config, shapes
+from jaxsft.hub.weights import abstract, export, init, load, load_variables, merge, on_disk, read_config, shapes
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ __all__ = [
     "load_tokenizer",
     "load_variables",
     "merge",
+    "on_disk",
     "read_config",
     "resolve",
     "save_template",

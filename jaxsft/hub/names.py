@@ -76,15 +76,14 @@ def places(family: Family, config: ModelConfig, files: Collection[str] = ()) -> 
     return found
 
 
-def name_of(family: Family, path: str) -> Name:
-    """The entry of the family's table for a leaf.
+def entry(family: Family, path: str) -> Name:
+    """The entry of the family's table for a path without its stack.
 
     Raises:
       ValueError: the family has no name for it.
     """
-    plain = unstacked(path)[0]
     for name in family.names:
-        if name.path == plain:
+        if name.path == path:
             return name
     raise ValueError(f"no Hugging Face name for {path}; add one to FAMILY.names")
 
@@ -101,11 +100,22 @@ def leaf_names(
     Raises:
       ValueError: the family has no name for it.
     """
-    name, layers = name_of(family, path), unstacked(path)[1]
+    plain, layers = unstacked(path)
+    name = entry(family, plain)
     experts = range(shape[1]) if "{expert}" in name.hf else [None]
     grid = itertools.product(layers or [None], experts)
     here = [stored(family, name.hf.format(layer=layer, expert=expert), files) for layer, expert in grid]
     return np.array(here, object).reshape(shape[: name.axes]), name.transposed
+
+
+def name_of(family: Family, address: Address) -> tuple[str, bool]:
+    """The Hugging Face name of one weight, and whether it is transposed there.
+
+    Raises:
+      ValueError: the family has no name for it.
+    """
+    name = entry(family, address.path)
+    return name.hf.format(layer=address.layer, expert=address.expert), name.transposed
 
 
 def unused(family: Family, name: str) -> bool:
@@ -124,4 +134,20 @@ def by_address(family: Family, params: Mapping) -> dict[Address, tuple]:
             for expert in experts or [None]:
                 index = () if layers is None else (row,) if expert is None else (row, expert)
                 found[Address(plain, layer, expert)] = (leaf, index)
+    return found
+
+
+def adapted(family: Family, adapter: Mapping) -> dict[Address, dict[str, tuple]]:
+    """Lists an adapter by the address of the weight it adds to: {part: (leaf, index)}, a, b, scale, ...
+
+    Example:
+      >>> from jaxsft.models import FAMILIES
+      >>> list(adapted(FAMILIES["llama"], {"blocks": {"0-1": {"q": {"a": 1}}}, "embed": {"a": 2}}))[1:]
+      [Address(path='blocks/q/kernel', layer=1, expert=None), Address(path='embed/table', layer=None, expert=None)]
+    """
+    found: dict[Address, dict[str, tuple]] = {}
+    for address, leaf in by_address(family, adapter).items():
+        module, _, part = address.path.rpartition("/")
+        weight = "table" if module in ("embed", "head") else "kernel"
+        found.setdefault(address._replace(path=f"{module}/{weight}"), {})[part] = leaf
     return found

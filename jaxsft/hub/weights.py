@@ -6,7 +6,8 @@ base's files tensor by tensor: what was not trained is copied as it is, bit by b
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,11 @@ def _check(reader: Weights, here: np.ndarray, shape: tuple[int, ...], transposed
 
 def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
     """Makes one leaf, each device's slice read on its own."""
+    return jax.make_array_from_callback(shape, place, _part(reader, here, shape, transposed, dtype))
+
+
+def _part(reader, here, shape, transposed, dtype) -> Callable[[Any], np.ndarray]:
+    """Makes index -> that slice of one leaf, read from the files."""
 
     def part(index: Any) -> np.ndarray:
         tensors, inner = np.asarray(here[index[: here.ndim]]), index[here.ndim :]
@@ -249,7 +255,52 @@ def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
             out[at] = reader.read(name, inner[::-1]).T if transposed else reader.read(name, inner)
         return out
 
-    return jax.make_array_from_callback(shape, place, part)
+    return part
+
+
+class OnDisk:
+    """A leaf that is read when it is used: whole by `np.asarray`, one layer of it by its index."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, part: Callable[[Any], np.ndarray]):
+        self.shape, self.dtype, self._part = shape, dtype, part
+        self.ndim, self.size = len(shape), math.prod(shape)
+
+    def __getitem__(self, index: int | tuple[int, ...]) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        rest = [slice(None)] * (self.ndim - len(index))
+        return self._part((*(slice(i, i + 1) for i in index), *rest))[(0,) * len(index)]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        whole = self._part((slice(None),) * self.ndim)
+        return whole if dtype is None else whole.astype(dtype)
+
+    @property
+    def T(self) -> np.ndarray:  # noqa: N802
+        return np.asarray(self).T
+
+
+def on_disk(path: str, *, dtype: jax.typing.DTypeLike = jnp.float32, cut: int | None = None) -> Tree:
+    """A checkpoint's parameters, read leaf by leaf and layer by layer as they are used: what needs few of them.
+
+    Args:
+      path: a folder with config.json and safetensors, or a hub name.
+      dtype, cut: as for `load`.
+
+    Example:
+      >>> import jaxsft
+      >>> kernel = on_disk(jaxsft.BASE)["blocks"]["0-3"]["attn"]["q"]["kernel"]
+      >>> kernel.shape, kernel[1].shape
+      ((4, 192, 192), (192, 192))
+    """
+    folder = resolve(path)
+    family, config = read_config(folder)
+    reader, leaves = open_weights(folder), {}
+    for path_, leaf in tree.flat(shapes(config, cut)).items():
+        here, transposed = names.leaf_names(family, path_, leaf.shape, reader.files)
+        _check(reader, here, leaf.shape, transposed)
+        kind = jnp.dtype(dtype)
+        leaves[path_] = OnDisk(leaf.shape, kind, _part(reader, here, leaf.shape, transposed, kind))
+    return tree.nest(leaves)
 
 
 _packed = jax.jit(quant.pack, static_argnums=1)
@@ -341,7 +392,8 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
         apart = [name for name in files if tree.matches(family.unused, name)]
         out += [Tensor(n, reader.shape(n), kind, lambda n=n: read(n).astype(kind)) for n in apart]
     files = write(folder, out, shard_gb=shard_gb)
-    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind.name})
+    parted = {"tie_word_embeddings": False} if config.tied and "head" in params else {}
+    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": kind.name, **parted})
     copy_companions(base, folder)
     return files
 
@@ -364,7 +416,8 @@ def merge(
       shard_gb: the largest file, in 10^9 bytes.
 
     Returns:
-      the weight files.
+      the weight files. Where the output layer was tied to the embedding and one of the two is adapted, or trained
+      alone, it gets a tensor of its own, and config.json says so.
 
     Raises:
       CheckpointError: a weight that the base does not have, or another shape than the base's.
@@ -381,36 +434,43 @@ def merge(
     family, config = read_config(source)
     reader = open_weights(source)
     known = names.places(family, config, reader.files)
-    new, low = names.by_address(family, trained or {}), names.by_address(family, adapter or {})
+    new, low = names.by_address(family, trained or {}), names.adapted(family, adapter or {})
+    files = {name: name for name in reader.files}  # what is written: what it is read from
+    table, output = (names.Address(f"{layer}/table", None) for layer in ("embed", "head"))
+    parts = config.tied and (table in low or output in low or output in new)
+    if parts:  # else a second copy of the table, where a file has one, follows the first
+        head = names.name_of(family, output)[0]
+        files[head] = names.stored(family, names.name_of(family, table)[0], reader.files)
+        known[head] = names.Place(output, False)
+        new = {output: new[table], **new} if table in new else new
 
     def make(name: str) -> np.ndarray:
-        old = reader.read(name)
+        old, full = reader.read(files[name]), np.dtype("float32")
         if name not in known:
             return old
         address, transposed = known[name]
-        module, full = address.path.removesuffix("/kernel"), np.dtype("float32")
         result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
         if result.shape != old.shape:
             raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
-        parts = [address._replace(path=f"{module}/{part}") for part in ("a", "b", "scale")]
-        if address.path.endswith("/kernel") and parts[0] in low:
-            a, b, scale = (fetch(*low[part], transposed=False, dtype=full) for part in parts)
-            change = lora.delta(a, b, scale)
-            change = change.T if transposed else change
-            if change.shape != old.shape:
-                raise CheckpointError(f"the adapter of {name!r} has shape {change.shape}, but {source} has {old.shape}")
-            result = result.astype(full) + change
+        if address in low:
+            leaves = {part: fetch(*leaf, transposed=False, dtype=full) for part, leaf in low[address].items()}
+            turned = transposed or address == output
+            wanted = (leaves["a"].shape[-2], leaves["b"].shape[-1])
+            if wanted != (old.shape[::-1] if turned else old.shape[-2:]):
+                wanted = wanted[::-1] if turned else wanted
+                raise CheckpointError(f"the adapter of {name!r} has shape {wanted}, but {source} has {old.shape}")
+            result = lora.adapted(result.T if turned else result, leaves)
+            result = result.T if turned else result
         return result.astype(old.dtype)
 
-    have = {known[name].address for name in reader.files if name in known}
-    changed = set(new) | {at._replace(path=f"{at.path[:-2]}/kernel") for at in low if at.path.endswith("/a")}
-    if missing := sorted(changed - have, key=str):
+    have = {known[name].address for name in files if name in known}
+    if missing := sorted((set(new) | set(low)) - have, key=str):
         raise CheckpointError(
             f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"
         )
-    kinds = {n: reader.dtype(n, FLOATS if n in known else DTYPES) for n in reader.files}
-    tensors = [Tensor(n, reader.shape(n), kinds[n], lambda n=n: make(n)) for n in reader.files]
-    files = write(folder, tensors, shard_gb=shard_gb)
-    _write_config(folder, read_json(source / "config.json"))
+    kinds = {n: reader.dtype(old, FLOATS if n in known else DTYPES) for n, old in files.items()}
+    tensors = [Tensor(n, reader.shape(old), kinds[n], lambda n=n: make(n)) for n, old in files.items()]
+    written = write(folder, tensors, shard_gb=shard_gb)
+    _write_config(folder, read_json(source / "config.json") | ({"tie_word_embeddings": False} if parts else {}))
     copy_companions(source, folder)
-    return files
+    return written

@@ -96,7 +96,7 @@ def logprobs(
     # Along the row, so that rows which lie on different devices stay there.
     features = jnp.take_along_axis(features, order[..., None], axis=1)
     targets = jnp.take_along_axis(targets, order, axis=1)
-    lp = _compact(features, table, targets, counts, Head(width, scale, soft_cap))
+    lp: Any = _compact(features, table, targets, counts, Head(width, scale, soft_cap))
     return jnp.take_along_axis(lp, back, axis=1)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import NO_WINDOW, Where, attend
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm
@@ -102,7 +103,8 @@ class Model(NamedTuple):
     """A model as pure functions, in the manner of `optax.GradientTransformation`.
 
     variables is {"params": ..., "lora": ..., "packed": ...}: the second only with an adapter, the third only where
-    kernels are packed (`quant`) instead of being parameters.
+    kernels are packed (`quant`) instead of being parameters. Where an adapter is on the output layer, features and
+    table are wider than D by its rank (see `adapter.widen`).
     """
 
     config: "DecoderConfig | EncoderConfig"
@@ -348,8 +350,8 @@ def build(
     final_norm = _norm(config)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
-    def embed(embedding: Mapping, tokens: Array, positions: Array, cached: bool) -> Array:
-        x = embedding["table"][tokens].astype(dtype)
+    def embed(embedding: Mapping, low: Mapping, tokens: Array, positions: Array, cached: bool) -> Array:
+        x = adapter.lookup(embedding["table"], tokens, low, dtype)
         x = x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, dtype)
         if not config.learned_positions:
             return x
@@ -360,7 +362,12 @@ def build(
     def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
         params = variables["params"]
         beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
-        x = by_rows(embed(params["embed"], tokens, where.positions, cache is not None), mesh)
+        if astray := set(beside["lora"]) - set(params["blocks"]):
+            raise ValueError(
+                f"the adapter has stacks {sorted(astray)}, the model {sorted(params['blocks'])}; cut alike"
+            )
+        low = variables.get("lora", {}).get("embed", {})
+        x = by_rows(embed(params["embed"], low, tokens, where.positions, cache is not None), mesh)
         slots = None
         if cache is not None:
             S = cache.k.shape[2]
@@ -387,6 +394,9 @@ def build(
             caches.append(new)
             routings += [] if routing is None else [routing]
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))
+        last = None if dropout is None else jax.random.fold_in(dropout, config.layers)
+        head = variables.get("lora", {}).get("head", {})
+        x = adapter.widen(x, head, adapter.dropout(lora_dropout, last))
         join = lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         return x, None if cache is None else join(caches), join(routings) if routings else None
 
@@ -403,7 +413,8 @@ def build(
 
     def output(variables):
         params = variables["params"]
-        return params["embed" if config.tied else "head"]["table"]
+        tied = config.tied and "head" not in params  # an adapter may have parted the two
+        return adapter.wide(params["embed" if tied else "head"]["table"], variables.get("lora", {}).get("head", {}))
 
     def extend(variables, tokens, positions, cache):
         x, cache, _ = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, None)

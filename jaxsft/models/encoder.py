@@ -176,6 +176,8 @@ def build(
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat])
+        if {"embed", "head"} & set(lora):
+            raise ValueError("embed and head of an encoder take no adapter; leave them out of tuning.lora.targets")
         x = by_rows(embed(params["embed"], tokens, positions), mesh)
         beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):

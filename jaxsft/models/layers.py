@@ -1,4 +1,4 @@
-"""The layers every family is made of: Dense (with its LoRA path), the norms, the MLPs.
+"""The layers every family is made of: Dense (with its adapter), the norms, the MLPs.
 
 A kernel is always two-dimensional, [in, out], so that LoRA, weight names and sharding rules stay uniform.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsft import quant
+from jaxsft.models import adapter
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
@@ -22,33 +22,25 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 class Dense(nn.Module):
-    """y = x W + bias + scale (x A) B, the last term if the collection "lora" has this layer.
+    """y = x W + bias, with what an adapter in the collection "lora" adds to x W (see `adapter.project`).
 
-    W is the parameter "kernel", or what the collection "packed" has for this layer. x A comes first, so the full-size
-    A B is never formed (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    W is the parameter "kernel", or what the collection "packed" has for this layer.
     """
 
     features: int
     use_bias: bool = False
-    lora_dropout: float = 0.0  # on the input of A only; active when the rng "dropout" is given
+    lora_dropout: float = 0.0  # on the adapter's input; active when the rng "dropout" is given
     init: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         *rows, width = x.shape
         x = x.reshape(-1, width)  # the gradients of A and B are plain matrix products then: on a CPU twice as fast
-        if packed := self.variables.get("packed"):
-            y = quant.product(x, packed)
-        else:
-            y = x @ self.param("kernel", self.init, (width, self.features)).astype(x.dtype)
+        kernel = self.variables.get("packed") or self.param("kernel", self.init, (width, self.features)).astype(x.dtype)
+        drop = adapter.dropout(self.lora_dropout, self.make_rng("dropout") if self.has_rng("dropout") else None)
+        y = adapter.project(x, kernel, self.variables.get("lora", {}), drop)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        if self.has_variable("lora", "a"):
-            a, b, scale = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b", "scale"))
-            if self.lora_dropout and self.has_rng("dropout"):
-                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            y = y + ((x @ a) * scale) @ b
         return y.reshape(*rows, self.features)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft import quant
+from jaxsft.models import adapter
 from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP
 
 ROWS, EXPERTS = ("data", "fsdp"), "tensor"  # the mesh axes that share out tokens and experts
@@ -95,9 +96,11 @@ def _product(x: Float[Array, "M I"], bank: Mapping[str, Any], sizes: Int[Array, 
     y = _packed(x, bank["packed"], sizes) if "packed" in bank else jax.lax.ragged_dot(x, leaf("kernel"), sizes)
     if "bias" in bank:
         y = y + jnp.repeat(leaf("bias"), sizes, axis=0, total_repeat_length=x.shape[0])
+    if "m" in bank:
+        raise ValueError("DoRA is not supported for experts; leave them out of tuning.lora.targets")
     if "a" in bank:
-        low = jax.lax.ragged_dot(x, leaf("a") * leaf("scale")[:, None, None], sizes)
-        y = y + jax.lax.ragged_dot(low, leaf("b"), sizes)
+        a, b = (half.astype(x.dtype) for half in adapter.pairs(bank))
+        y = y + jax.lax.ragged_dot(jax.lax.ragged_dot(x, a * leaf("scale")[:, None, None], sizes), b, sizes)
     return y
 
 

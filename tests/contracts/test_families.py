@@ -99,14 +99,16 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
 @family
 def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     model, params = built(kind)
-    adapter = lora.init(jax.random.key(1), params, lora.LoRA(rank=2))
+    tables = "" if kind in ENCODERS else "embed|head|"
+    adapter = lora.init(jax.random.key(1), params, lora.LoRA(rank=2, targets=tables + lora.ALL))
     placed = sharding.shardings(adapter, lora.rules(FAMILIES[kind].rules), sharding.mesh(2, 2, 2))
     assert tree.flat(placed).keys() == tree.flat(adapter).keys()
     kernels = [path for path in tree.flat(params) if path.endswith("/kernel")]
     # Heads, and what decides instead of computing, get no adapter unless their name is given.
     outside = [path for path in kernels if path.endswith(("mlm/dense/kernel", "router/kernel", "shared_gate/kernel"))]
-    assert len(tree.flat(adapter)) == 3 * (len(kernels) - len(outside))
-    noisy = jax.tree.map(lambda x: x + 0.1, adapter)  # B = 0 would give A no gradient
+    assert len(tree.flat(adapter)) == 3 * (len(kernels) - len(outside) + tables.count("|"))
+    draw = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype("float32"), adapter)  # B = 0 hides A
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
     ones = jnp.ones_like(tokens)
     batch = Tokens(tokens, ones > 0, jnp.arange(12) * ones, ones)

@@ -531,6 +531,63 @@ def test_a_tied_output_layer_that_a_file_carries_follows_the_embedding(tiny, tmp
     assert np.all(after["model.embed_tokens.weight"] == 1)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("targets", ["embed", "head", "embed|head"])
+def test_a_merge_of_adapted_tables_parts_those_that_were_tied(tiny, tmp_path, is_tied, carried, targets):
+    """PiSSA and DoRA too, on everything, against `lora.merge`; the new checkpoint says that it is not tied."""
+    folder = tiny("llama", tied=is_tied, num_hidden_layers=1)
+    if carried and is_tied:
+        rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    params = jax.tree.map(np.asarray, hub.on_disk(str(folder)))
+    spec = LoRA(rank=2, init="pissa", dora=True, targets=f"{targets}|.*/q")
+    fresh = tree.flat(jax.device_get(lora.init(jax.random.key(0), params, spec)))
+    adapter = tree.nest({p: x + np.float32(0.3) if p[-2:] in ("/a", "/b", "/m") else x for p, x in fresh.items()})
+    hub.merge(str(folder), str(tmp_path), adapter=adapter)
+    here, (_, config) = lora.merge({"params": params, "lora": adapter}), hub.read_config(tmp_path)
+    assert not config.tied
+    back = tree.flat(hub.on_disk(str(tmp_path)))
+    assert back.keys() == tree.flat(here).keys()
+    for path, leaf in tree.flat(here).items():
+        np.testing.assert_allclose(back[path], leaf, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("trained", [["head"], ["embed", "head"]])
+def test_a_merge_of_an_output_layer_that_trained_apart_parts_it(tiny, tmp_path, trained):
+    folder = tiny("llama", tied=True, num_hidden_layers=1)
+    table = np.asarray(hub.on_disk(str(folder))["embed"]["table"])
+    new = {"embed": {"table": 2 * table}, "head": {"table": 3 * table}}
+    hub.merge(str(folder), str(tmp_path), trained={name: new[name] for name in trained})
+    after = hub.on_disk(str(tmp_path))
+    np.testing.assert_array_equal(after["head"]["table"], 3 * table)
+    np.testing.assert_array_equal(after["embed"]["table"], 2 * table if "embed" in trained else table)
+
+
+def test_an_export_of_a_tied_model_whose_tables_parted_says_so(tiny, tmp_path):
+    folder = tiny("llama", tied=True, num_hidden_layers=1)
+    params = jax.tree.map(np.asarray, hub.on_disk(str(folder)))
+    hub.export(str(tmp_path / "tied"), params, source=str(folder))
+    hub.export(
+        str(tmp_path / "parted"), {**params, "head": {"table": params["embed"]["table"] + 1}}, source=str(folder)
+    )
+    assert hub.read_config(tmp_path / "tied")[1].tied
+    assert not hub.read_config(tmp_path / "parted")[1].tied
+    np.testing.assert_array_equal(hub.on_disk(str(tmp_path / "parted"))["head"]["table"], params["embed"]["table"] + 1)
+
+
+@pytest.mark.parametrize("cut", [None, 3])
+def test_leaves_on_the_disk_are_those_that_load_gives(base, cut):
+    _, params = hub.load(str(base), cut=cut, dtype=jnp.bfloat16)
+    lazy = tree.flat(hub.on_disk(str(base), cut=cut, dtype="bfloat16"))
+    assert lazy.keys() == tree.flat(params).keys()
+    for path, leaf in tree.flat(params).items():
+        assert (lazy[path].shape, lazy[path].dtype) == (leaf.shape, leaf.dtype)
+        np.testing.assert_array_equal(bits(np.asarray(lazy[path])), bits(leaf))
+        if path.startswith("blocks/"):
+            for row in range(leaf.shape[0]):
+                np.testing.assert_array_equal(bits(lazy[path][row]), bits(leaf[row]))
+
+
 def test_merging_into_the_base_itself_is_refused(base, tmp_path):
     (tmp_path / "link").symlink_to(base)
     for path in (base, base / ".", tmp_path / "link"):

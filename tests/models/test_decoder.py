@@ -214,9 +214,10 @@ def test_the_backward_pass_ends_at_the_first_stack_that_trains():
 def test_logits_are_float32_products_with_the_output_table(params):
     for tied in (True, False):
         model = build(DecoderConfig(V, 16, 24, 4, heads=4, kv_heads=2, head_dim=4, max_position=64, tied=tied))
-        table = params["embed" if tied else "head"]["table"]
+        own = {name: part for name, part in params.items() if name != "head" or not tied}
+        table = own["embed" if tied else "head"]["table"]
         f = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
-        scores = logits(model, {"params": params}, jnp.asarray(f, jnp.bfloat16))
+        scores = logits(model, {"params": own}, jnp.asarray(f, jnp.bfloat16))
         assert scores.dtype == jnp.float32
         np.testing.assert_allclose(scores[0], f[0] @ np.asarray(table).T, atol=0.1)
 
@@ -235,3 +236,42 @@ def test_a_shape_that_cannot_be_is_refused(change, message):
     fields = {"heads": 4, "kv_heads": 2, "head_dim": 4, "max_position": 64} | change
     with pytest.raises(ValueError, match=message):
         DecoderConfig(V, 16, 24, 2, **fields)
+
+
+def test_adapted_tables_answer_as_merged_ones_do_over_a_cache_too():
+    """Tied, scaled and capped; the low-rank parts of embedding and output layer go their own ways."""
+    config = DecoderConfig(
+        V, 16, 24, 1, heads=4, kv_heads=2, head_dim=4, max_position=64,
+        tied=True, embed_scale=3.0, logit_scale=0.7, logit_soft_cap=2.0,
+    )  # fmt: skip
+    model, draw = build(config), np.random.default_rng(0)
+    params = drawn(model)
+    low = {
+        "embed": {"a": draw.normal(size=(V, 2)), "b": draw.normal(size=(2, 16)), "scale": np.float64(0.3)},
+        "head": {"a": draw.normal(size=(16, 3)), "b": draw.normal(size=(3, V)), "scale": np.float64(0.2)},
+    }
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), low)
+    table = params["embed"]["table"]
+    embed, head = (low[name]["scale"] * low[name]["a"] @ low[name]["b"] for name in ("embed", "head"))
+    merged = {**params, "embed": {"table": table + embed}, "head": {"table": table + head.T}}
+    tokens = jnp.array([[3, 30, 7, 3]])
+
+    @jax.jit
+    def scores(variables):
+        cache = model.cache(1, 8)
+        whole = logits(model, variables, model.features(variables, tokens))
+        steps = []
+        for at in (slice(0, 3), slice(3, 4)):
+            features, cache = model.extend(variables, tokens[:, at], jnp.arange(4)[None, at], cache)
+            steps.append(logits(model, variables, features))
+        return whole, jnp.concatenate(steps, axis=1)
+
+    expected, _ = scores({"params": merged})
+    for found in scores({"params": params, "lora": low}):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_an_adapter_of_another_cut_is_refused_instead_of_ignored(params):
+    low = {"blocks": {"0-1": {"attn": {"q": {"a": jnp.ones((2, 16, 1))}}}}}
+    with pytest.raises(ValueError, match=r"adapter has stacks \['0-1'\], the model \['0-3'\]; cut alike"):
+        MODEL.features({"params": params, "lora": low}, jnp.array([[3, 7]]))

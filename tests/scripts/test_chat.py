@@ -1,11 +1,13 @@
 import io
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import jaxsft
-from jaxsft import data, hub, lora, sample, tree
+from jaxsft import data, hub, lora, models, sample, tree
+from jaxsft.run import RunError
 
 from .conftest import load_script
 
@@ -61,6 +63,59 @@ def test_a_conversation_remembers_until_it_is_told_to_forget(run_here, capsys, m
     second = answer("Hello", first, "And then?")
     wanted = [first, second, answer("And then?")]
     assert capsys.readouterr().out == "".join(text + "\n" for text in wanted)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two folders, an adapter of some size in each, and their trees."""
+    found = {}
+    for number, name in enumerate(("calm", "wild")):
+        spec = lora.LoRA(rank=number + 1, alpha=4.0, targets=".*/(q|down)")
+        low = lora.init(jax.random.key(number), hub.on_disk(jaxsft.BASE), spec)
+        low = jax.tree.map(lambda x: x + 0.2, low)
+        folder = str(tmp_path_factory.mktemp(name))
+        hub.export_adapter(folder, low, spec, family=models.FAMILIES["llama"], base=jaxsft.BASE)
+        found[name] = folder, low
+    return found
+
+
+def test_adapters_take_turns_over_one_base_in_one_conversation(run_here, capsys, monkeypatch, adapters):
+    seen, tokenizer = [], hub.load_tokenizer(jaxsft.BASE)
+
+    def stream(model, variables, prompt, **_):
+        seen.append((variables, tokenizer.decode(prompt)))
+        return iter(tokenizer("Yes.", add_special_tokens=False)["input_ids"])
+
+    said = "One?\n/use wild\nTwo?\n/use base\nThree?\n/use tame\n/new\nFour?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    monkeypatch.setattr(sample, "stream", stream)
+    folders = json.dumps({name: folder for name, (folder, _) in adapters.items()})
+    run_here("chat", "--model", jaxsft.BASE, "--adapters", folders)
+    told = [
+        "Yes.",
+        "wild answers",
+        "Yes.",
+        "base answers",
+        "Yes.",
+        "there is no 'tame'; there are calm, wild, base",
+        "Yes.",
+    ]
+    assert capsys.readouterr().out.splitlines() == told
+    for (variables, _), name in zip(seen, ("calm", "wild", None, None), strict=True):
+        assert ("lora" in variables) == (name is not None)
+        for path, leaf in tree.flat(adapters[name][1] if name else {}).items():
+            np.testing.assert_allclose(tree.flat(variables["lora"])[path], leaf, rtol=1e-6)
+    tables = {id(variables["params"]["embed"]["table"]) for variables, _ in seen}
+    assert len(tables) == 1  # the base is there once
+    asked = [[word for word in ("One?", "Two?", "Three?", "Four?") if word in prompt] for _, prompt in seen]
+    assert asked == [["One?"], ["One?", "Two?"], ["One?", "Two?", "Three?"], ["Four?"]]
+
+
+def test_one_adapter_or_several_and_none_called_base(run_here):
+    with pytest.raises(RunError, match="give either adapter, one folder, or adapters"):
+        run_here("chat", "--model", jaxsft.BASE, "--adapter", "a", "--adapters", '{"b": "c"}')
+    with pytest.raises(RunError, match="an adapter cannot be called base"):
+        run_here("chat", "--model", jaxsft.BASE, "--adapters", '{"base": "c"}')
 
 
 def test_a_missing_model_says_what_to_give(run_here):

@@ -70,10 +70,10 @@ def test_a_run_leaves_what_it_promises(finished, small):
 def test_merged_answers_as_base_and_adapter_do(finished, small):
     base, params = hub.load(small)
     family, config = hub.read_config(Path(small))
-    adapter, spec = hub.load_adapter(str(finished / "adapter"), params, family=family, config=config)
-    assert spec.rank == 4
+    adapter = hub.load_adapter(str(finished / "adapter"), params, family=family, config=config)
+    assert adapter.spec.rank == 4
     tokens = np.arange(40, dtype=np.int32).reshape(2, 20) * 7 % 2560
-    with_adapter = base.features({"params": params, "lora": adapter}, tokens)
+    with_adapter = base.features(lora.attach(params, adapter), tokens)
     merged, merged_params = hub.load(str(finished / "merged"))
     np.testing.assert_allclose(merged.features({"params": merged_params}, tokens), with_adapter, atol=1e-5)
     plain = base.features({"params": params}, tokens)
@@ -98,6 +98,38 @@ def test_merge_later_gives_the_same_files(finished, small, run_here, tmp_path):
     assert (tmp_path / "d" / "model.safetensors").read_bytes() != wanted
 
 
+def test_every_kind_of_adapter_goes_on_where_it_stopped_and_merges_later_to_the_same_bytes(
+    run_here, small, rows, tmp_path
+):
+    """DoRA from PiSSA's start, on the tables too, and norms beside it: what a run says of itself is enough."""
+    more = {
+        "tuning__lora__dora": "true",
+        "tuning__lora__init": "pissa",
+        "tuning__lora__targets": "embed|head|.*/(q|down)",
+        "tuning__lora__rank_pattern": '{"head": 2}',
+        "tuning__lora__alpha_pattern": '{".*/down": 5}',
+        "tuning__trainable": '["norm/scale", ".*/attn_norm/scale"]',
+        "optim__lora_plus": 4,
+    }
+    short = {"train__max_steps": 4, "train__eval_every": 0, "run__samples": 0}
+    args, run = arguments(small, rows, tmp_path / "run", **short | more), tmp_path / "run"
+    run_here("sft", *args)
+    merged = (run / "merged" / "model.safetensors").read_bytes()
+    run_here("merge", "--base", small, "--adapter", str(run / "adapter"), "--out", str(tmp_path / "a"))
+    run_here("merge", "--checkpoint", str(run / "checkpoints" / "4"), "--out", str(tmp_path / "c"))
+    for folder in ("a", "c"):
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == merged, folder
+    shutil.rmtree(run / "checkpoints" / "4")
+    shutil.rmtree(run / "merged")
+    run_here("sft", *args, "--run.resume", "true")
+    assert (run / "merged" / "model.safetensors").read_bytes() == merged
+    old, new = load_file(Path(small) / "model.safetensors"), load_file(run / "merged" / "model.safetensors")
+    ends = ("embed_tokens.weight", "lm_head.weight", "q_proj.weight", "down_proj.weight", "input_layernorm.weight")
+    ends += ("model.norm.weight",)
+    changed = {name for name in new if name not in old or not np.array_equal(old[name], new[name])}
+    assert changed == {name for name in new if name.endswith(ends)}
+
+
 @pytest.mark.parametrize(
     ("more", "changed"),
     [
@@ -111,7 +143,11 @@ def test_merge_later_gives_the_same_files(finished, small, run_here, tmp_path):
             lambda name: "layernorm" in name,
             id="norms by pattern",
         ),
-        pytest.param({"tuning__layers": 1}, lambda n: ".layers.1." in n and "proj" in n, id="lora on the last layer"),
+        pytest.param(
+            {"tuning__layers": 1, "tuning__lora__init": "pissa"},
+            lambda n: ".layers.1." in n and "proj" in n,
+            id="pissa on the last layer",
+        ),
     ],
 )
 def test_only_what_tuning_names_changes(more, changed, run_here, small, rows, tmp_path):
@@ -122,6 +158,9 @@ def test_only_what_tuning_names_changes(more, changed, run_here, small, rows, tm
     differs = {name for name in old if old[name].tobytes() != new[name].tobytes()}
     assert differs == {name for name in old if changed(name)}
     assert (tmp_path / "run" / "adapter").exists() == ("tuning__method" not in more)
+    run_here("merge", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "2"), "--out", str(tmp_path / "later"))
+    for name, value in load_file(tmp_path / "later" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, new[name])
 
 
 def same_as(finished: Path, other: Path) -> None:

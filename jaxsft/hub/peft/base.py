@@ -1,0 +1,59 @@
+"""The base that an adapter folder is read beside: where its weights lie in our tree, and their values where needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxsft import tree
+from jaxsft.hub import names
+from jaxsft.hub.files import CheckpointError
+from jaxsft.hub.names import Address
+from jaxsft.hub.peft.names import EMBED, FULL, HEAD
+from jaxsft.hub.weights import fetch
+from jaxsft.models import Family
+
+
+class Base:
+    """Where each weight of the base lies, its shape, and, where they are at hand, its values."""
+
+    def __init__(self, params: Mapping, folder: Path, family: Family):
+        self.leaves, self.folder = tree.flat(params), folder
+        self.where: dict[Address, tuple[str, tuple[int, ...]]] = {}  # the leaf, and the index of it
+        self.rows: dict[str, list[Address]] = {}
+        for path, leaf in self.leaves.items():
+            for address, (_, index) in names.by_address(family, tree.nest({path: leaf})).items():
+                self.where[address] = (path, index)
+                self.rows.setdefault(path, []).append(address)
+        self.tied = HEAD not in self.where and EMBED in self.where
+        if self.tied:
+            self.where[HEAD], self.rows[HEAD.path] = (HEAD.path, ()), [HEAD]
+
+    def leaf(self, address: Address):
+        return self.leaves[EMBED.path if self.tied and address == HEAD else self.where[address][0]]
+
+    def shape(self, address: Address) -> tuple[int, ...]:
+        return self.leaf(address).shape[len(self.where[address][1]) :]
+
+    def stack(self, path: str) -> tuple[int, ...]:
+        """The axes of a leaf that its rows are spread over."""
+        leaf = self.leaves[EMBED.path if self.tied and path == HEAD.path else path]
+        return leaf.shape[: len(self.where[self.rows[path][0]][1])]
+
+    def value(self, address: Address, why: str) -> np.ndarray:
+        if isinstance(self.leaf(address), jax.ShapeDtypeStruct):
+            raise CheckpointError(
+                f"{self.folder} needs {address.path} of the base {why}; give load_adapter the parameters or "
+                "hub.on_disk(base) instead of shapes"
+            )
+        return fetch(self.leaf(address), self.where[address][1], transposed=False, dtype=FULL)
+
+    def matrix(self, address: Address, why: str) -> np.ndarray:
+        """As [in, out]."""
+        return self.value(address, why).T if address == HEAD else self.value(address, why)
+
+    def differs(self, address: Address, value: np.ndarray) -> bool:
+        if isinstance(self.leaf(address), jax.ShapeDtypeStruct):
+            return True  # for all we know
+        return not np.array_equal(self.value(address, ""), value)

@@ -1,0 +1,17 @@
+"""What PEFT calls the files of an adapter, its tensors and its keys."""
+
+import re
+
+import numpy as np
+
+from jaxsft.hub.names import Address
+
+FILE, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+PREFIX = "base_model.model."
+LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+EMBEDDING = {"a": "lora_embedding_A", "b": "lora_embedding_B", "m": "lora_magnitude_vector"}
+PARTS = {name: part for kind in (LINEAR, EMBEDDING) for part, name in kind.items()}
+# <module>.<what it is>
+NAME = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))}|(?:base_layer\.)?(?:weight|bias))")
+EMBED, HEAD = Address("embed/table", None), Address("head/table", None)
+FULL = np.dtype("float32")
