@@ -108,6 +108,9 @@ def init(key: Key, params: Mapping, spec: LoRA) -> Tree:
 def complete(adapter: Mapping, params: Mapping, spec: LoRA) -> Tree:
     """Adds to what trains of an adapter the constants: scale, and for PiSSA and OLoRA what they started at.
 
+    The latter is found from the weights again, so up to rounding; where singular values are all but equal (random
+    weights), another machine may find another part of the kernel by 1e-5.
+
     Args:
       adapter: A, B and for DoRA m, as they train.
       params: the base's parameters; shapes of them will do for a plain LoRA.

@@ -1,7 +1,11 @@
 """Every kind of adapter, through PEFT's files both ways, merged, and trained beside PEFT's own."""
 
+import dataclasses
+import json
 import re
+import typing
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import pytest
 
 from jaxsft import hub, lora, make_step, objectives, optim, tree, tuning
 from jaxsft.hub import names
+from jaxsft.hub.peft import config as peft_config
 from jaxsft.hub.peft import names as peft_names
 from jaxsft.lora import LoRA
 
@@ -213,6 +218,111 @@ def test_an_adapter_of_peft_gives_the_same_logits_here_and_merged(pair, kind, tm
     )
     again = theirs(with_peft(pair, tmp_path / "again"), TOKENS)
     assert difference("adapters: logits, PEFT's through here", again, expected) < 1e-4
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+# Every other key of PEFT's configuration, at a value that PEFT accepts.
+REFUSED: dict[str, Any] = {
+    "alora_invocation_tokens": [7, 8],
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"beta": 1e-4},
+    "layer_replication": [[0, 2], [1, 3]],
+    "lora_bias": True,
+    "monteclora_config": {"num_samples": 4},
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "trainable_token_indices": [1, 2],
+    "use_bdlora": {"nblocks": 2},
+    "use_qalora": True,
+    "velora_config": {"num_groups": 4},
+}
+
+
+def test_every_key_of_peft_is_read_changes_nothing_or_is_refused():
+    """A key that a new PEFT has belongs to one of the three: then say which."""
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields == peft_config.READ | peft_config.NEUTRAL | set(REFUSED)
+    assert not peft_config.READ & peft_config.NEUTRAL
+    assert not set(REFUSED) & (peft_config.READ | peft_config.NEUTRAL)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_is_not_supported_is_refused_by_name(pairs, key, tmp_path):
+    pair = pairs("llama-biases")
+    their_adapter(pair).save_pretrained(str(tmp_path))
+    load(pair, tmp_path)
+    file = tmp_path / peft_names.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: REFUSED[key]}))
+    with pytest.raises(hub.CheckpointError, match=f"sets '{key}' to .*, which is not supported"):
+        load(pair, tmp_path)
+
+
+STARTS = {"corda", "loftq", "lora_ga", "pissa_niter_4"}
+
+
+@pytest.mark.parametrize("start", sorted(STARTS))
+def test_a_start_that_changes_the_base_beyond_recall_is_refused_with_the_remedy(pairs, start, tmp_path):
+    pair = pairs("llama-biases")
+    their_adapter(pair, init_lora_weights=start if start.startswith("pissa") else True).save_pretrained(str(tmp_path))
+    file = tmp_path / peft_names.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start}))
+    with pytest.raises(
+        hub.CheckpointError, match=f"'init_lora_weights' to '{start}'.*path_initial_model_for_weight_co"
+    ):
+        load(pair, tmp_path)
+
+
+def test_every_start_of_peft_is_known():
+    said = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    values = {value for part in typing.get_args(said) for value in typing.get_args(part) or [part]} - {bool}
+    known = {value for value in peft_config.PLAIN if isinstance(value, str)} | set(lora.STARTS) | STARTS
+    assert values - {"pissa_niter_[number of iters]"} <= known
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_a_folder_that_peft_converted_is_a_plain_one(pairs, start, tmp_path, difference):
+    """The remedy of those messages: save the start, then save with its path."""
+    pair = pairs("llama-biases")
+    torch.manual_seed(5)
+    options = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": SEVEN, "init_lora_weights": start}
+    model = peft.get_peft_model(pair.fresh(), peft.LoraConfig(**options)).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "start"))
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape)
+    expected = theirs(model, TOKENS)
+    model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    adapter = load(pair, tmp_path / "plain")
+    assert (adapter.spec.rank, adapter.spec.init) == (8, "lora")
+    got = ours(pair.model, lora.attach(pair.params, adapter), TOKENS)
+    assert difference("adapters: logits, converted by PEFT", got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("pair", ["llama-biases", "gemma2-windows"], indirect=True)
+def test_a_weighted_sum_is_that_of_peft(pair, tmp_path, difference):
+    options = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    torch.manual_seed(6)
+    model = peft.get_peft_model(pair.fresh(), peft.LoraConfig(target_modules=SEVEN, **options), adapter_name="one")
+    model.add_adapter("two", peft.LoraConfig(target_modules=SOME, **options | {"r": 2, "use_rslora": True}))
+    model.save_pretrained(str(tmp_path))
+    weights = [0.7, -0.4]
+    model.add_weighted_adapter(["one", "two"], weights, "sum", combination_type="cat")
+    model.set_adapter("sum")
+    expected = theirs(model.eval(), TOKENS)
+    parts = [(load(pair, tmp_path / name).lora, weight) for name, weight in zip(("one", "two"), weights, strict=True)]
+    summed = lora.weighted(parts)
+    got = ours(pair.model, {"params": pair.params, "lora": summed}, TOKENS)
+    assert difference("adapters: logits, weighted sum", got, expected) < 1e-4
+    hub.export_adapter(str(tmp_path / "sum"), summed, LoRA(), family=pair.family, base=str(pair.folder))
+    again = theirs(with_peft(pair, tmp_path / "sum"), TOKENS)
+    assert difference("adapters: logits, weighted sum in PEFT", again, expected) < 1e-4
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
 
 
 def trained_of(pair, model) -> dict[names.Address, tuple]:

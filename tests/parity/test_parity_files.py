@@ -159,30 +159,10 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(pair, options, tmp_path, 
     model = their_adapter(pair, PEFT_OPTIONS[options], tmp_path)
     expected = theirs(model, TOKENS)
     assert np.abs(expected - theirs(pair.theirs, TOKENS)).max() > 0.1
-    adapter, spec = hub.load_adapter(str(tmp_path), pair.params, family=pair.family, config=pair.model.config)
+    adapter, spec, _ = hub.load_adapter(str(tmp_path), pair.params, family=pair.family, config=pair.model.config)
     assert (spec.rank, spec.alpha, spec.dropout, spec.rslora) == (4, 6.0, 0.1, options == "rslora")
     got = ours(pair.model, {"params": pair.params, "lora": adapter}, TOKENS)
     assert difference("logits, PEFT's adapter here", got, expected) < 1e-4
-
-
-@pytest.mark.parametrize("pair", ["llama-gqa-tied"], indirect=True)
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-# PEFT warns that a tied embedding is saved; that is what this asks for.
-@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|tied).*")
-def test_an_adapter_of_peft_that_needs_more_is_refused_by_name(pair, options, key, tmp_path):
-    their_adapter(pair, {"target_modules": ["q_proj"], **options}, tmp_path)
-    with pytest.raises(hub.CheckpointError, match=key):
-        hub.load_adapter(str(tmp_path), pair.params, family=pair.family, config=pair.model.config)
 
 
 @some
@@ -191,7 +171,9 @@ def test_an_adapter_goes_through_both_formats_and_back(pair, tmp_path):
     adapter = our_adapter(pair, spec)
     export_ours(pair, adapter, spec, tmp_path / "ours")
     with_peft(pair, tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
-    back, read = hub.load_adapter(str(tmp_path / "theirs"), pair.params, family=pair.family, config=pair.model.config)
+    back, read, _ = hub.load_adapter(
+        str(tmp_path / "theirs"), pair.params, family=pair.family, config=pair.model.config
+    )
     assert read == LoRA(rank=4, alpha=6.0, rslora=True)
     assert jax.tree.structure(back) == jax.tree.structure(adapter)
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), back, adapter)))
