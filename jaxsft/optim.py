@@ -13,7 +13,7 @@ import optax
 
 from jaxsft import tree
 
-DECAYS = ".*/(kernel|table|a|b)"
+DECAYS = ".*/(kernel|table|positions|types|a|b)"
 
 
 @dataclass(frozen=True)
