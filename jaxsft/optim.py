@@ -13,7 +13,7 @@ import optax
 
 from jaxsft import tree
 
-DECAYS = ".*/(kernel|table|a|b|m)"  # m as in PEFT
+DECAYS = ".*/(kernel|table|positions|types|a|b|m)"  # m as in PEFT
 # What LoRA+ learns faster, as in PEFT: B, and vectors. In the embedding's adapter, where A starts at zero, neither is.
 FASTER = ("lora/(?!embed/).*/b", "lora/.*/m", "params/.*/(bias|scale)")
 

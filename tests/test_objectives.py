@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import objectives
-from jaxsft.models import DecoderConfig, EncoderConfig, Model, build
+from jaxsft import objectives, sharding, tree
+from jaxsft.models import FAMILIES, DecoderConfig, EncoderConfig, Model, build
 from jaxsft.types import Tokens
 
 V, MASK = 40, 3
@@ -109,6 +109,22 @@ def test_a_batch_without_a_chosen_token_weighs_nothing_and_has_a_gradient_of_zer
     (loss, weight), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
     assert (loss, weight) == (0, 0)
     assert all(not np.any(x) for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parity  # a long one; tests/test_train.py has the same of a decoder, with microbatches
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device():
+    model, tokens = build(dataclasses.replace(CONFIG, layers=1)), batch()
+    params = jax.jit(model.init)(jax.random.key(0))
+    total = lambda params, batch: (
+        (sums := masked(model)({"params": params}, batch, jax.random.key(0))).loss / sums.weight
+    )
+    run = jax.jit(jax.value_and_grad(total))
+    mesh = sharding.mesh(2, 2, 2)
+    there = jax.device_put(params, sharding.shardings(params, FAMILIES["bert"].rules, mesh))
+    (loss, grads), (other, others) = run(params, tokens), run(there, jax.device_put(tokens, sharding.rows(mesh)))
+    np.testing.assert_allclose(other, loss, rtol=1e-6)
+    for path, grad in tree.flat(grads).items():
+        np.testing.assert_allclose(tree.flat(others)[path], grad, atol=1e-6, err_msg=path)
 
 
 def test_what_a_model_cannot_learn_is_refused():

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from jaxsft import optim, tree
+from jaxsft.models import EncoderConfig, build
 from jaxsft.optim import Config
 
 KINDS = ["cosine", "linear", "constant"]
@@ -101,6 +102,15 @@ def test_only_kernels_tables_and_adapters_decay():
     for path, update in tree.flat(updates).items():
         shrink = 0.0 if path.endswith(("bias", "scale")) else 0.1
         np.testing.assert_allclose(update, -float(rate(0)) * shrink * tree.flat(params())[path], rtol=1e-6)
+
+
+def test_of_an_encoder_all_but_norms_and_biases_decays():
+    shapes = tree.flat(
+        jax.eval_shape(build(EncoderConfig(8, 4, 4, 2, heads=1, max_position=4)).init, jax.random.key(0))
+    )
+    rests = {path for path in shapes if not tree.matches(optim.DECAYS, f"params/{path}")}
+    assert rests == {path for path in shapes if path.endswith(("/scale", "/bias"))}
+    assert {"embed/positions", "embed/types", "mlm/dense/kernel"} <= shapes.keys() - rests
 
 
 def test_clipping_bounds_the_global_norm_and_leaves_small_gradients_alone():

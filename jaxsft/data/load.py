@@ -111,7 +111,7 @@ class Report(NamedTuple):
         return [(name, value) for name, value in shown.items() if name != "held out" or self.held_out]
 
 
-Kind = Literal["learn", "masked", "preference", "unpaired", "prompt", "image"]
+Kind = Literal["learn", "preference", "unpaired", "prompt", "image"]
 
 
 class Loaded(NamedTuple):
@@ -248,7 +248,7 @@ def records(config: Config) -> Iterator[Parsed]:
 
 
 def kind_of(config: Config) -> Kind:
-    """What kind of run the first row of data.train is for, masked aside: learn, preference, unpaired, prompt or image.
+    """What kind of run the first row of data.train is for: learn, preference, unpaired, prompt or image.
 
     Example:
       >>> kind_of(Config(train="jaxsft/assets/quickstart/train.jsonl"))

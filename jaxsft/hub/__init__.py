@@ -14,7 +14,7 @@ class Config:
     """The model to start from."""
 
     path: str = ""
-    """a folder with config.json and safetensors, or a hub name such as org/name"""
+    """a folder with config.json and safetensors (or an old flax_model.msgpack), or a hub name such as org/name"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the computation and of frozen weights; what trains is float32, and so are softmax and loss"""
     remat: Literal["none", "dots", "block"] = "none"

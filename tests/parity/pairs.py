@@ -168,6 +168,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 # numbers are prompt lengths whose continuation of 64 tokens keeps its frequencies: where they change, what is cached
 # was made by the old ones, here and there, in different ways.
 BY_LENGTH = {"llama-rope-dynamic": [1], "phi3-longrope": [1, 70]}
+ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 258,
+}
+# name: (class of transformers, what differs from ENCODER)
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-masked": ("BertForMaskedLM", {}),
+    "bert-masked-gelu-new": ("BertForMaskedLM", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
+    "bert-masked-relu-one-type": (
+        "BertForMaskedLM",
+        {"hidden_act": "relu", "type_vocab_size": 1, "num_hidden_layers": 5},
+    ),
+    "bert-pretraining": ("BertForPreTraining", {"num_attention_heads": 6}),
+    "bert-base": ("BertModel", {}),
+    "bert-base-wide": ("BertModel", {"intermediate_size": 192, "hidden_size": 32, "tie_word_embeddings": False}),
+    "roberta-masked": ("RobertaForMaskedLM", {}),
+    "roberta-masked-relu": ("RobertaForMaskedLM", {"hidden_act": "relu", "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    "roberta-masked-other-padding": ("RobertaForMaskedLM", {"pad_token_id": 3, "num_attention_heads": 6}),
+    "roberta-base": ("RobertaModel", {"hidden_act": "gelu_new"}),
+}
 
 
 class Pair(NamedTuple):
@@ -187,6 +211,8 @@ class Pair(NamedTuple):
 
 def make(name: str, folder: Path) -> Pair:
     """Makes a random torch model, saves it, and loads it here."""
+    if name in ENCODERS:
+        return make_encoder(name, folder)
     kind, options = CASES[name]
     config = getattr(transformers, kind)(**{**(GPT2 if kind == "GPT2Config" else SHAPE), **options})
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -200,6 +226,22 @@ def make(name: str, folder: Path) -> Pair:
     theirs.save_pretrained(folder)
     model, params = hub.load(str(folder))
     return Pair(name, folder, theirs, model, params, models.FAMILIES[config.model_type])
+
+
+def make_encoder(name: str, folder: Path) -> Pair:
+    """The same of an encoder."""
+    kind, options = ENCODERS[name]
+    cls = getattr(transformers, kind)
+    theirs = cls(cls.config_class(**{**ENCODER, **options}, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    with torch.no_grad():
+        for path, weight in theirs.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            scale = "norm" in path.lower() and path.endswith("weight")
+            weight.copy_(1 + 0.3 * noise if scale else SIZE * noise)
+    theirs.save_pretrained(folder)
+    model, params = hub.load(str(folder))
+    return Pair(name, folder, theirs, model, params, models.FAMILIES[theirs.config.model_type])
 
 
 def documents(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:

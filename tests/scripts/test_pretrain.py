@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -82,10 +84,13 @@ MASKED = ["--train.objective", "masked"]
 
 @pytest.fixture(scope="module")
 def learned(run_here, bert, texts, tmp_path_factory) -> Path:
-    """The folder of a run that taught the BERT from random weights."""
+    """The folder of a run that taught the BERT from random weights, with what it showed in shown.txt."""
     out = tmp_path_factory.mktemp("learned") / "run"
-    more = [*MASKED, "--init", "random", "--train.epochs", "30", "--data.val_fraction", "0.2", "--run.samples", "2"]
-    run_here("pretrain", *arguments(str(bert), texts, out), *more)
+    more = [*MASKED, "--init", "random", "--train.epochs", "30", "--data.val_fraction", "0.2"]
+    given = arguments(str(bert), texts, out, *more)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        run_here("pretrain", *[value if value != "0" else "2" for value in given])  # run.samples
+    (out / "shown.txt").write_text(shown.getvalue(), encoding="utf-8")
     return out
 
 
@@ -115,14 +120,23 @@ def test_about_the_share_that_is_asked_for_is_hidden_each_step(learned, bert, te
     assert 0.12 < sum(steps) / (30 * count * 0.8) < 0.18
 
 
-def test_people_see_gaps_and_how_they_were_filled_before_and_after(run_here, learned, texts, tmp_path, capsys):
-    """And a trained encoder goes on with LoRA and whole words."""
+def test_people_see_gaps_and_how_they_were_filled_before_and_after(learned):
+    shown = (learned / "shown.txt").read_text(encoding="utf-8")
+    rows = shown.split("held-out questions")[1].split("result")[0].split("├")
+    gaps, wanted, before, after = (
+        "".join(line.split("│")[column].strip() + " " for line in rows[0].splitlines() if line.count("│") == 5)
+        for column in (1, 2, 3, 4)
+    )
+    assert "[MASK]" in gaps
+    count = wanted.count(",")
+    assert before.count(",") == after.count(",") == count > 0
+    assert before != after
+
+
+@pytest.mark.parity  # a long one
+def test_a_trained_encoder_goes_on_with_lora_and_whole_words(run_here, learned, texts, tmp_path):
     more = [*MASKED, "--tuning.method", "lora", "--train.whole_words", "true", "--train.max_steps", "2"]
-    more += ["--data.val_fraction", "0.2"]
-    given = arguments(str(learned / "merged"), texts, tmp_path / "run", *more)
-    run_here("pretrain", *[value if value != "0" else "2" for value in given])  # run.samples
-    shown = capsys.readouterr().out
-    assert "[MASK]" in shown
+    run_here("pretrain", *arguments(str(learned / "merged"), texts, tmp_path / "run", *more))
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert settings["task_type"] is None
     assert "bert.encoder.layer.0.attention.self.query" in settings["target_modules"]
@@ -133,6 +147,11 @@ def test_people_see_gaps_and_how_they_were_filled_before_and_after(run_here, lea
     }
     dense = {f"attention.self.{name}" for name in ("query", "key", "value")} | {"attention.output.dense"}
     assert changed == dense | {"intermediate.dense", "output.dense"}
+    run_here("merge", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "2"), "--out", str(tmp_path / "again"))
+    again, merged = (tmp_path / "again", tmp_path / "run" / "merged")
+    assert {file.name: file.read_bytes() for file in again.iterdir()} == {
+        file.name: file.read_bytes() for file in merged.iterdir()
+    }
 
 
 def test_an_objective_that_the_model_cannot_have_is_refused_before_any_work(

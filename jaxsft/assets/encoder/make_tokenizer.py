@@ -27,8 +27,9 @@ def main(out: str) -> None:
     trainer = trainers.WordPieceTrainer(vocab_size=1024, special_tokens=SPECIAL, show_progress=False)
     core.train_from_iterator((text for row in rows for text in row.values()), trainer)
     core.decoder = decoders.WordPiece()
-    ends = [(name, core.token_to_id(name) or 0) for name in ("[SEP]", "[CLS]")]
-    core.post_processor = processors.BertProcessing(*ends)
+    core.post_processor = processors.BertProcessing(
+        ("[SEP]", SPECIAL.index("[SEP]")), ("[CLS]", SPECIAL.index("[CLS]"))
+    )
     PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=128, **NAMED).save_pretrained(out)
     core.save(f"{out}/tokenizer.json", pretty=False)  # again: indented, it is twice the size
     file = Path(out) / "tokenizer_config.json"
