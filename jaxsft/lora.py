@@ -131,7 +131,10 @@ def merge(variables: Mapping) -> Tree:
     for path in [p for p in lora if p.endswith("/a")]:
         layer = path.removesuffix("/a")
         if f"{layer}/kernel" not in params:
-            raise ValueError(f"the adapter at {layer} has no kernel to merge into; was it made for another model?")
+            raise ValueError(
+                f"the adapter at {layer} has no kernel to merge into; was it made for another model, or is the kernel "
+                "packed? Then hub.merge folds it into the base's files"
+            )
         kernel = params[f"{layer}/kernel"]
         change = delta(lora[path], lora[f"{layer}/b"], lora[f"{layer}/scale"])
         params[f"{layer}/kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
