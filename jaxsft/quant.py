@@ -16,7 +16,8 @@ Any number of axes may stand before [in, out]; each kernel of a stack is packed 
 scale for each output (Dettmers et al. 2022, arXiv:2208.07339, section 3.1). NF4 has 16 levels, quantiles of the normal
 distribution, on blocks of 64 inputs of one output; the blocks' largest magnitudes are quantised in turn, less their
 mean, to 8 bits in groups of 256 (Dettmers et al. 2023, arXiv:2305.14314, eqs. 4 to 6): 4.13 bits a weight. Codes,
-blocks and groups are those of bitsandbytes, but that a block ends with its output where 64 does not divide the inputs.
+blocks and groups are those of bitsandbytes, but that a block ends with its output where 64 does not divide the inputs,
+and that no block's magnitude comes back below 0.
 
 What is packed does not train: LoRA does, beside it, and `hub.merge` folds that into the base's own files.
 """
