@@ -218,12 +218,13 @@ def test_the_description_of_an_adapter_leaves_its_constants_out():
     plan = tuning.plan(
         Config(lora=LoRA(rank=2, dora=True, init="pissa", targets=".*/q"), trainable=["norm/scale"]), DEPTH
     )
-    made = tuning.apply(plan, params(), jax.random.key(0), mesh=sharding.mesh(devices=jax.devices()[:1]), rules=RULES)
+    base = {"params": params()}
+    made = tuning.apply(plan, base, jax.random.key(0), mesh=sharding.mesh(devices=jax.devices()[:1]), rules=RULES)
     lines = tuning.describe(plan, *made)
-    learned, base = 4 * (8 * 2 + 2 * 8 + 8) + 8, tree.count(params())
+    learned, count = 4 * (8 * 2 + 2 * 8 + 8) + 8, tree.count(params())
     assert (
         lines["parameters that train"]
-        == f"{learned:,} of {learned + base - 8:,} ({learned / (learned + base - 8):.2%})"
+        == f"{learned:,} of {learned + count - 8:,} ({learned / (learned + count - 8):.2%})"
     )
     assert lines["arrays that train"] == "4 of 10"
     assert lines["trains"] == "lora/.*/(a|b|m) params/(norm/scale)"
