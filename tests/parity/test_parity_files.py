@@ -1,5 +1,6 @@
 """Exported and merged checkpoints are what transformers reads; adapters are what PEFT reads and writes."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -89,6 +90,18 @@ def test_a_merge_of_trained_weights_is_the_export_of_them(pair, tmp_path):
 # --- adapters ---
 
 
+def in_peft(pair, spec: LoRA) -> LoRA:
+    """What PEFT can hold of an adapter.
+
+    With transformers 5 it takes the adapters of experts through a conversion that doubles rank and alpha of gate and
+    up, which rsLoRA's root does not stand; that takes every gate_proj of a Qwen mixture, also those of plain MLPs, for
+    an expert's; and that has no word for gpt-oss.
+    """
+    moe = pair.model.config.moe
+    fits = moe is None or (pair.name.startswith("mixtral") and not spec.rslora)
+    return spec if fits else dataclasses.replace(spec, targets=".*/attn/.*")
+
+
 def our_adapter(pair, spec: LoRA):
     """A and B of a size that moves the logits by about as much as they are."""
     fresh = lora.init(jax.random.key(1), pair.params, spec)
@@ -111,7 +124,7 @@ def with_peft(pair, folder):
 @every
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 def test_our_adapter_gives_the_same_logits_in_peft(pair, rslora, tmp_path, difference):
-    spec = LoRA(rank=4, alpha=6.0, rslora=rslora)
+    spec = in_peft(pair, LoRA(rank=4, alpha=6.0, rslora=rslora))
     adapter = our_adapter(pair, spec)
     export_ours(pair, adapter, spec, tmp_path)
     expected = theirs(with_peft(pair, tmp_path), TOKENS)
@@ -181,7 +194,7 @@ def test_an_adapter_goes_through_both_formats_and_back(pair, tmp_path):
 
 @every
 def test_a_merged_checkpoint_answers_as_base_and_adapter_and_as_pefts_merge(pair, tmp_path, difference):
-    spec = LoRA(rank=4, alpha=6.0)
+    spec = in_peft(pair, LoRA(rank=4, alpha=6.0))
     adapter = our_adapter(pair, spec)
     export_ours(pair, adapter, spec, tmp_path / "adapter")
     hub.merge(str(pair.folder), str(tmp_path / "merged"), adapter=adapter)
