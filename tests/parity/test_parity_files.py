@@ -49,8 +49,9 @@ def is_tied(model) -> bool:
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shard_gb", [5.0, SHARD], ids=["one-file", "shards"])
+@pytest.mark.parametrize(
+    ("dtype", "shard_gb"), [("float32", 5.0), ("bfloat16", SHARD)], ids=["float32-one-file", "bfloat16-shards"]
+)
 def test_an_export_loads_in_transformers_with_every_weight(pair, dtype, shard_gb, tmp_path, difference):
     files = hub.export(str(tmp_path), pair.params, source=str(pair.folder), shard_gb=shard_gb, dtype=dtype)
     assert (len(files) > 1) == (shard_gb == SHARD)
