@@ -1,6 +1,7 @@
 """One LoRA step on a CPU or GPU: jaxsft beside transformers + PEFT, the same work in the same run.
 
     pip install -e ".[parity]" && python benchmarks/step.py
+    python benchmarks/step.py --adapter dora
 
 A Qwen 3 shape of 41.6 M parameters (512 wide, 8 layers, 8/4 heads of 64, MLP 1536, vocabulary 32,000, tied), rank 16 on
 every linear layer, 4 rows of 512 tokens, every token learned, AdamW, gradient clipping. Each side runs in a process of
@@ -16,6 +17,15 @@ import sys
 import time
 
 ROWS, LENGTH, RANK = 4, 512, 16
+# Here, and in PEFT.
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {
+    "lora": ({}, {}),
+    "dora": ({"dora": True}, {"use_dora": True}),
+    "pissa": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "embed": ({"targets": "embed|blocks/.*"}, {"target_modules": [*LINEAR, "embed_tokens"]}),
+    "head": ({"targets": "head|blocks/.*"}, {"target_modules": [*LINEAR, "lm_head"]}),
+}
 SHAPE = {
     "model_type": "qwen3",
     "vocab_size": 32_000,
@@ -29,7 +39,7 @@ SHAPE = {
 }
 
 
-def jaxsft_steps(steps: int, dtype: str) -> list[float]:
+def jaxsft_steps(steps: int, dtype: str, kind: str) -> list[float]:
     import jax
     import jax.numpy as jnp
 
@@ -38,7 +48,7 @@ def jaxsft_steps(steps: int, dtype: str) -> list[float]:
 
     model = models.build(models.FAMILIES["qwen3"].read_config(SHAPE), dtype=jnp.dtype(dtype))
     params = jax.tree.map(lambda x: x.astype(dtype), jax.jit(model.init)(jax.random.key(0)))
-    adapter = lora.init(jax.random.key(1), params, jaxsft.LoRA(rank=RANK))
+    adapter = lora.init(jax.random.key(1), params, jaxsft.LoRA(rank=RANK, **ADAPTERS[kind][0]))
     trainable, frozen = jaxsft.tree.partition({"params": params, "lora": adapter}, lora.TRAINABLE)
     tx, _ = optim.build(optim.Config(), steps)
     step = train.make_step(jaxsft.supervised(model), tx)
@@ -55,7 +65,7 @@ def jaxsft_steps(steps: int, dtype: str) -> list[float]:
     return times[1:]
 
 
-def peft_steps(steps: int, dtype: str) -> list[float]:
+def peft_steps(steps: int, dtype: str, kind: str) -> list[float]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -64,8 +74,7 @@ def peft_steps(steps: int, dtype: str) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = Qwen3Config(**{k: v for k, v in SHAPE.items() if k != "model_type"}, use_cache=False)
     model = Qwen3ForCausalLM(config).to(device, getattr(torch, dtype))
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=32, target_modules=names))
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=32, **{"target_modules": LINEAR, **ADAPTERS[kind][1]}))
     model.train()
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=2e-4, weight_decay=0.0)
@@ -92,9 +101,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="turns of each side")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--side", choices=SIDES, help="run one side in this process and print its times as JSON")
+    parser.add_argument("--adapter", choices=ADAPTERS, default="lora")
     args = parser.parse_args()
     if args.side:
-        times = SIDES[args.side](args.steps, args.dtype)
+        times = SIDES[args.side](args.steps, args.dtype, args.adapter)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"times": times, "peak": peak}))
         return
@@ -102,6 +112,7 @@ def main() -> None:
     for _ in range(args.turns):
         for side in SIDES:
             command = [sys.executable, __file__, "--side", side, "--steps", str(args.steps), "--dtype", args.dtype]
+            command += ["--adapter", args.adapter]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[side].append(json.loads(out.splitlines()[-1]))
     print(

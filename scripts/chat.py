@@ -100,8 +100,8 @@ def main(cfg: Config) -> None:
         if said == "/new":
             messages = list(first)
             continue
-        if said.startswith("/use"):
-            name = said.removeprefix("/use").strip()
+        command, _, name = said.partition(" ")
+        if command == "/use":
             voice = known.get(name, voice)
             print(f"{name} answers" if name in known else f"there is no {name!r}; there are {', '.join(known)}")
             continue

@@ -95,6 +95,22 @@ def test_the_gradient_is_the_same_however_the_batch_is_split(split, unsplit, mod
         np.testing.assert_allclose(got[path], grad, atol=1e-6, err_msg=path)
 
 
+def test_every_kind_of_adapter_has_the_same_gradient_on_a_mesh(model, variables, batch):
+    """DoRA from PiSSA's start, also on the tied embedding and output layer, whose widened table is cut unevenly."""
+    spec = lora.LoRA(rank=3, alpha=2.0, dora=True, init="pissa", targets=f"embed|head|{lora.ALL}")
+    made = tree.flat(jax.device_get(lora.init(jax.random.key(1), variables["params"], spec)))
+    every = {
+        **variables,
+        "lora": tree.nest({p: x + np.float32(0.1) * p.endswith(("/a", "/b")) for p, x in made.items()}),
+    }
+    wanted, metrics = gradients(model, every, batch, lora.TRAINABLE)
+    got, got_metrics = gradients(model, every, batch, lora.TRAINABLE, mesh_shape=(2, 2, 2))
+    assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+    for path, grad in wanted.items():
+        assert np.abs(grad).max() > 0, path
+        np.testing.assert_allclose(got[path], grad, atol=1e-5, err_msg=path)
+
+
 def test_loss_and_gradient_are_the_plain_mean_over_learned_tokens(unsplit, model, variables, batch):
     """Against whole logits, a Python loop over tokens, and jax.grad of that."""
 

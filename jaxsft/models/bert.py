@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
+from jaxsft.models import family
 from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.family import Family, Name, Reader, Rules
 
@@ -48,8 +49,7 @@ def read_encoder(read: Reader, kind: str, *, padding: int | None = None) -> Enco
     read.expect("is_decoder", False)
     read.expect("add_cross_attention", False)
     read.expect("tie_word_embeddings", True, *([] if mlm else [False]))
-    for key in NEUTRAL:
-        read(key, None)
+    read.skip(*NEUTRAL)
     activation = read("hidden_act", "gelu")
     return EncoderConfig(
         vocab_size=read("vocab_size"),
@@ -74,14 +74,6 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
     return shape
 
 
-def _dense(here: str, there: str) -> tuple[Name, Name]:
-    return Name(f"{here}/kernel", f"{there}.weight", transposed=True), Name(f"{here}/bias", f"{there}.bias")
-
-
-def _norm(here: str, there: str) -> tuple[Name, Name]:
-    return Name(f"{here}/scale", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
-
-
 def names(base: str, dense: str, norm: str, bias: str) -> tuple[Name, ...]:
     """The names of a BERT called `base`, and those of its head."""
     layer = f"{base}.encoder.layer.{{layer}}"
@@ -89,17 +81,17 @@ def names(base: str, dense: str, norm: str, bias: str) -> tuple[Name, ...]:
         Name("embed/table", f"{base}.embeddings.word_embeddings.weight"),
         Name("embed/positions", f"{base}.embeddings.position_embeddings.weight"),
         Name("embed/types", f"{base}.embeddings.token_type_embeddings.weight"),
-        *_norm("embed/norm", f"{base}.embeddings.LayerNorm"),
-        *_dense("blocks/attn/q", f"{layer}.attention.self.query"),
-        *_dense("blocks/attn/k", f"{layer}.attention.self.key"),
-        *_dense("blocks/attn/v", f"{layer}.attention.self.value"),
-        *_dense("blocks/attn/o", f"{layer}.attention.output.dense"),
-        *_norm("blocks/attn_norm", f"{layer}.attention.output.LayerNorm"),
-        *_dense("blocks/mlp/up", f"{layer}.intermediate.dense"),
-        *_dense("blocks/mlp/down", f"{layer}.output.dense"),
-        *_norm("blocks/mlp_norm", f"{layer}.output.LayerNorm"),
-        *_dense("mlm/dense", dense),
-        *_norm("mlm/norm", norm),
+        *family.norm("embed/norm", f"{base}.embeddings.LayerNorm"),
+        *family.dense("blocks/attn/q", f"{layer}.attention.self.query"),
+        *family.dense("blocks/attn/k", f"{layer}.attention.self.key"),
+        *family.dense("blocks/attn/v", f"{layer}.attention.self.value"),
+        *family.dense("blocks/attn/o", f"{layer}.attention.output.dense"),
+        *family.norm("blocks/attn_norm", f"{layer}.attention.output.LayerNorm"),
+        *family.dense("blocks/mlp/up", f"{layer}.intermediate.dense"),
+        *family.dense("blocks/mlp/down", f"{layer}.output.dense"),
+        *family.norm("blocks/mlp_norm", f"{layer}.output.LayerNorm"),
+        *family.dense("mlm/dense", dense),
+        *family.norm("mlm/norm", norm),
         Name("mlm/bias", bias),
     )
 

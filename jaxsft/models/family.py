@@ -37,6 +37,11 @@ def dense(here: str, there: str, *, transposed: bool = True) -> tuple[Name, Name
     return Name(f"{here}/kernel", f"{there}.weight", transposed), Name(f"{here}/bias", f"{there}.bias")
 
 
+def norm(here: str, there: str) -> tuple[Name, Name]:
+    """The names of a LayerNorm's scale and bias."""
+    return Name(f"{here}/scale", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
+
+
 class Family(NamedTuple):
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     names: tuple[Name, ...]  # those that a config leaves out (biases, an untied head) are simply not in its tree

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsft.models.decoder import DecoderConfig
-from jaxsft.models.family import Family, Name, Reader, dense
+from jaxsft.models.family import Family, Name, Reader, dense, norm
 from jaxsft.models.llama import RULES
 from jaxsft.models.rope import Rope
 
@@ -48,20 +48,16 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return shape
 
 
-def _norm(here: str, there: str) -> tuple[Name, Name]:
-    return Name(f"{here}/scale", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
-
-
 NAMES: tuple[Name, ...] = (
     Name("embed/table", "transformer.wte.weight"),
     Name("embed/positions", "transformer.wpe.weight"),
-    *_norm("blocks/attn_norm", f"{LAYER}.ln_1"),
+    *norm("blocks/attn_norm", f"{LAYER}.ln_1"),
     *dense("blocks/attn/qkv", f"{LAYER}.attn.c_attn", transposed=False),
     *dense("blocks/attn/o", f"{LAYER}.attn.c_proj", transposed=False),
-    *_norm("blocks/mlp_norm", f"{LAYER}.ln_2"),
+    *norm("blocks/mlp_norm", f"{LAYER}.ln_2"),
     *dense("blocks/mlp/up", f"{LAYER}.mlp.c_fc", transposed=False),
     *dense("blocks/mlp/down", f"{LAYER}.mlp.c_proj", transposed=False),
-    *_norm("norm", "transformer.ln_f"),
+    *norm("norm", "transformer.ln_f"),
     Name("head/table", "lm_head.weight"),
 )
 

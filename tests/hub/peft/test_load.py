@@ -301,6 +301,8 @@ def test_tables_that_peft_parted_tied_or_wrote_along(tied, adapter, tmp_path):
     same(one, {"head": {"table": 3 * table}})
     keys = {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True}
     same(read("tied", keys, **new, **{f"{head}.weight": 2 * table}), {"embed": {"table": 2 * table}})
+    with pytest.raises(CheckpointError, match="has two tables, though adapter_config.json sets ensure_weight_tying"):
+        read("twice", keys, **new, **{f"{head}.weight": 3 * table})
     # A table that was adapted is written along; it says something only where it is not the base's.
     assert read("along", {}, **{f"{embed}.base_layer.weight": table}) == {}
     same(read("other", {}, **{f"{head}.base_layer.weight": 2 * table}), {"embed": {"table": 2 * table}})
