@@ -21,11 +21,12 @@ from jaxsft.types import Key, Sums, Tokens
 Objective = Callable[[Mapping, Tokens, Key | None], Sums]
 
 
-def expect(objective: Literal["causal", "masked"], config: ModelConfig) -> None:
-    """Refuses an objective that a model cannot have.
+def expect(objective: Literal["causal", "masked"], config: ModelConfig, length: int | None = None) -> None:
+    """Refuses an objective that a model cannot have, and rows longer than its table of positions.
 
     Raises:
-      ValueError: next-token prediction with an encoder, masked tokens with a decoder or with an encoder without head.
+      ValueError: next-token prediction with an encoder, masked tokens with a decoder or with an encoder without head;
+        `length` tokens a row where positions are learned, and fewer.
 
     Example:
       >>> from jaxsft.models import DecoderConfig
@@ -33,13 +34,12 @@ def expect(objective: Literal["causal", "masked"], config: ModelConfig) -> None:
       Traceback (most recent call last):
       ValueError: train.objective masked is for encoders, ...
     """
-    encodes = isinstance(config, EncoderConfig)
-    if objective == "causal" and encodes:
+    if objective == "causal" and isinstance(config, EncoderConfig):
         raise ValueError(
             "an encoder reads the next token before it predicts it, so it learns nothing from that; train it with "
             "scripts/pretrain.py --train.objective masked, or choose a decoder"
         )
-    if objective == "masked" and not encodes:
+    if objective == "masked" and not isinstance(config, EncoderConfig):
         raise ValueError(
             "train.objective masked is for encoders, and this model is a decoder, which sees nothing behind a gap; "
             "choose an encoder such as bert-base-uncased, or train.objective causal"
@@ -48,6 +48,12 @@ def expect(objective: Literal["causal", "masked"], config: ModelConfig) -> None:
         raise ValueError(
             "this encoder has no head that predicts masked tokens: config.json's architectures name no ...ForMaskedLM. "
             "Choose a checkpoint with one (a sentence encoder's base has it)"
+        )
+    table = isinstance(config, EncoderConfig) or config.learned_positions
+    if table and length is not None and length > config.max_position:
+        raise ValueError(
+            f"data.max_length is {length}, and the model has {config.max_position} positions; set data.max_length to "
+            f"{config.max_position} or less"
         )
 
 

@@ -56,7 +56,7 @@ class Config:
 
 def check(cfg: Config, shape: models.ModelConfig) -> None:
     """Refuses what cannot work, before anything takes time."""
-    objectives.expect(cfg.train.objective, shape)
+    objectives.expect(cfg.train.objective, shape, cfg.data.max_length)
     if cfg.init == "random" and cfg.tuning.method != "full":
         raise run.RunError(
             f"init random needs tuning.method full, not {cfg.tuning.method}: random weights must all learn"
@@ -67,11 +67,6 @@ def check(cfg: Config, shape: models.ModelConfig) -> None:
         )
     if cfg.train.whole_words and cfg.train.objective == "causal":
         raise run.RunError("train.whole_words is for train.objective masked; the objective is causal")
-    if cfg.train.objective == "masked" and cfg.data.max_length > shape.max_position:
-        raise run.RunError(
-            f"data.max_length is {cfg.data.max_length}, and the model has {shape.max_position} positions; "
-            f"set data.max_length to {shape.max_position} or less"
-        )
 
 
 def main(cfg: Config) -> None:

@@ -48,6 +48,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     # ---- where: the folder, the devices --------------------------------------------------------------------------
+    family, shape = hub.read_config(hub.resolve(cfg.model.path))
+    objectives.expect("causal", shape, cfg.data.max_length)
     if cfg.run.plan:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
         preflight.show(objectives.supervised, preflight.Sections(*parts), cfg.run.device_gb)
@@ -62,7 +64,6 @@ def main(cfg: Config) -> None:
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
-    family, shape = hub.read_config(hub.resolve(cfg.model.path))
     plan = tuning.plan(cfg.tuning, shape.layers)
     model, base = hub.load_variables(
         cfg.model.path,

@@ -9,6 +9,7 @@ Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1 to 5; Jiang et al. 2024, ar
 """
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsft import quant
 from jaxsft.models import adapter
 from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP
+from jaxsft.types import Key
 
 ROWS, EXPERTS = ("data", "fsdp"), "tensor"  # the mesh axes that share out tokens and experts
 
@@ -90,18 +92,26 @@ def _packed(x: Array, packed: Mapping[str, Array], sizes: Array) -> Array:
     return jax.lax.ragged_dot(x, quant.unpack(packed, x.dtype), sizes)
 
 
-def _product(x: Float[Array, "M I"], bank: Mapping[str, Any], sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
-    """x W_e + bias_e + scale_e (x A_e) B_e for the rows of each expert e, which lie in order and number sizes[e]."""
-    leaf = lambda name: bank[name].astype(x.dtype)
+def _product(
+    x: Float[Array, "M I"], bank: Mapping[str, Any], sizes: Int[Array, "E"], drop: adapter.Drop | None = None
+) -> Float[Array, "M O"]:
+    """x W_e + bias_e + scale_e (x A_e) B_e for the rows of each expert e, which lie in order and number sizes[e].
+
+    Rows behind the last expert's are 0, and so are their gradients.
+    """
+    if "m" in bank:
+        raise ValueError("DoRA is not supported for experts; leave them out of tuning.lora.targets")
+    leaf, ours = lambda name: bank[name].astype(x.dtype), (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
+    x = jnp.where(ours, x, 0)  # what ragged_dot leaves behind its groups is not said
     y = _packed(x, bank["packed"], sizes) if "packed" in bank else jax.lax.ragged_dot(x, leaf("kernel"), sizes)
     if "bias" in bank:
         y = y + jnp.repeat(leaf("bias"), sizes, axis=0, total_repeat_length=x.shape[0])
-    if "m" in bank:
-        raise ValueError("DoRA is not supported for experts; leave them out of tuning.lora.targets")
     if "a" in bank:
-        a, b = (half.astype(x.dtype) for half in adapter.pairs(bank))
-        y = y + jax.lax.ragged_dot(jax.lax.ragged_dot(x, a * leaf("scale")[:, None, None], sizes), b, sizes)
-    return y
+        through = lambda x, a, b: jax.lax.ragged_dot(jax.lax.ragged_dot(x, leaf(a) * scale, sizes), leaf(b), sizes)
+        scale = leaf("scale")[:, None, None]
+        y = y + through(x if drop is None else drop(x), "a", "b")
+        y = y - through(x, "a0", "b0") if "a0" in bank else y
+    return jnp.where(ours, y, 0)
 
 
 def _count(banks: Any) -> int:
@@ -115,6 +125,7 @@ def mixture(
     banks: Mapping[str, Mapping[str, Any]],
     act: Callable[[Mapping[str, Array]], Array],
     first: Int[Array, ""] | int = 0,
+    drop: Callable[[str], adapter.Drop | None] = lambda name: None,
 ) -> Float[Array, "N D"]:
     """sum_k weights[k] expert_chosen[k](x), over the experts that `banks` has: `first` and those after it.
 
@@ -125,6 +136,7 @@ def mixture(
       banks: the leaves of `Bank` by the product's name; all but "down" read the token.
       act: {name: result of a product of the token} -> what "down" reads.
       first: the number of the first expert here; the answers of experts elsewhere count as 0.
+      drop: a product's name -> dropout on the input of its adapter.
     """
     N, K = chosen.shape
     E = _count(banks)
@@ -133,9 +145,8 @@ def mixture(
     order = jnp.argsort(here, stable=True)
     sizes = jnp.bincount(here, length=E).astype(jnp.int32)  # leaves the E-th out
     rows = x[order // K]
-    hidden = act({name: _product(rows, bank, sizes) for name, bank in banks.items() if name != "down"})
-    y = _product(hidden, banks["down"], sizes)
-    y = jnp.where((jnp.arange(N * K) < sizes.sum())[:, None], y, 0)
+    hidden = act({name: _product(rows, bank, sizes, drop(name)) for name, bank in banks.items() if name != "down"})
+    y = _product(hidden, banks["down"], sizes, drop("down"))
     y = y.astype(jnp.float32) * weights.reshape(-1)[order][:, None].astype(jnp.float32)
     back = jnp.argsort(order)
     return y[back].reshape(N, K, -1).sum(axis=1).astype(x.dtype)
@@ -182,7 +193,9 @@ class Mixture(nn.Module):
             weights = weights / weights.sum(axis=-1, keepdims=True)
         into = {"gate_up": (D, 2 * c.hidden)} if clamped else {"gate": (D, c.hidden), "up": (D, c.hidden)}
         banks = Experts(c.experts, {**into, "down": (c.hidden, D)}, clamped, self.out_init, name="experts")()
-        y = _spread(self.mesh, tokens, chosen, weights, banks, self._act()).reshape(x.shape)
+        key = self.make_rng("dropout") if self.lora_dropout and self.has_rng("dropout") else None
+        dropout = (self.lora_dropout, key)
+        y = _spread(self.mesh, tokens, chosen, weights, banks, self._act(), dropout).reshape(x.shape)
         if c.shared:
             mlp = GatedMLP(c.shared, self.activation, False, self.lora_dropout, self.out_init, name="shared")
             y = y + jax.nn.sigmoid(Dense(1, False, self.lora_dropout, name="shared_gate")(x)) * mlp(x)
@@ -203,20 +216,37 @@ class Mixture(nn.Module):
         return clamped
 
 
-def _spread(mesh: Mesh | None, x: Array, chosen: Array, weights: Array, banks: Any, act: Callable) -> Array:
+def _spread(
+    mesh: Mesh | None,
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    banks: Any,
+    act: Callable,
+    dropout: tuple[float, Key | None] = (0.0, None),
+) -> Array:
     """`mixture` with tokens shared out over `ROWS` and experts over `EXPERTS`, as far as the numbers divide."""
+    rate, key = dropout
+
+    def drops(key: Key | None) -> Callable[[str], adapter.Drop | None]:
+        own = lambda name: None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return lambda name: adapter.dropout(rate, own(name))
+
     if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in ROWS):
-        return mixture(x, chosen, weights, banks, act)
+        return mixture(x, chosen, weights, banks, act, drop=drops(key))
     cut = EXPERTS if _count(banks) % mesh.shape[EXPERTS] == 0 else None
 
-    def own(x, chosen, weights, banks):
+    def own(x, chosen, weights, banks, key):
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(ROWS if cut is None else (*ROWS, EXPERTS)))
         if cut is None:
-            return mixture(x, chosen, weights, banks, act)
+            return mixture(x, chosen, weights, banks, act, drop=drops(key))
         first = jax.lax.axis_index(EXPERTS) * _count(banks)
         # Each device's experts pull on the same tokens: said here, or the gradients of those are not summed.
         x, weights = (jax.lax.pcast(part, EXPERTS, to="varying") for part in (x, weights))
-        return jax.lax.psum(mixture(x, chosen, weights, banks, act, first), EXPERTS)
+        return jax.lax.psum(mixture(x, chosen, weights, banks, act, first, drops(key)), EXPERTS)
 
     rows = PartitionSpec(ROWS, None)
     spec = jax.tree.map(lambda leaf: PartitionSpec(cut, *[None] * (leaf.ndim - 1)), banks)
-    return jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, rows, spec), out_specs=rows)(x, chosen, weights, banks)
+    shared = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, rows, spec, PartitionSpec()), out_specs=rows)
+    return shared(x, chosen, weights, banks, key)

@@ -11,6 +11,7 @@ from jaxsft.models.moe import MoE, Routing, balance, mixture
 
 N, D, F, E, K = 16, 8, 6, 4, 2
 ACT = lambda results: jax.nn.silu(results["gate"]) * results["up"]
+LINEAR = lambda results: results["gate"] + results["up"]
 
 
 def some(key: int = 0, low: int = 0):
@@ -116,3 +117,27 @@ def test_layers_without_a_mixture_have_a_stack_of_their_own():
     alternate = read({**shape, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
     assert list(models.decoder.stacks(alternate).values()) == [False, True, False, True]
     assert alternate.moe.dense == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 1, 4)], ids=str)
+def test_dropout_falls_on_the_adapters_input_alone_and_is_right_on_average(shape):
+    x, chosen, weights, banks = some(low=2)
+    mesh = shape and sharding.mesh(*shape)
+    base = jax.tree.map(jnp.array, {name: {"kernel": bank["kernel"]} for name, bank in banks.items()})
+    run = jax.jit(lambda banks, key: moe._spread(mesh, x, chosen, weights, banks, LINEAR, (0.5, key)))
+    keys = jax.random.split(jax.random.key(3), 2)
+    np.testing.assert_array_equal(run(base, keys[0]), run(base, keys[1]))  # nothing is dropped of the base
+    first, again = run(banks, keys[0]), run(banks, keys[0])
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - run(banks, keys[1])).max() > 1
+    # With products that are linear in each other's result the mean over masks is the answer without any.
+    many = jax.jit(lambda keys: jax.lax.map(lambda key: run(banks, key), keys).mean(axis=0))
+    without = moe.mixture(x, chosen, weights, banks, LINEAR)
+    assert np.abs(many(jax.random.split(jax.random.key(4), 4000)) - without).mean() < 0.1 * np.abs(without).mean()
+
+
+def test_dora_of_an_expert_is_refused():
+    x, chosen, weights, banks = some(low=2)
+    banks["up"]["m"] = jnp.ones((E, F))
+    with pytest.raises(ValueError, match=r"DoRA is not supported for experts; leave them out of tuning.lora.targets"):
+        mixture(x, chosen, weights, banks, ACT)

@@ -165,7 +165,7 @@ def test_an_objective_that_the_model_cannot_have_is_refused_before_any_work(
     with pytest.raises(RunError, match="train.whole_words is for train.objective masked; the objective is causal"):
         run(small, "--train.whole_words", "true")
     with pytest.raises(
-        RunError, match="data.max_length is 33, and the model has 32 positions; set data.max_length to 32"
+        ValueError, match="data.max_length is 33, and the model has 32 positions; set data.max_length to 32"
     ):
         run(bert, *MASKED, "--data.max_length", "33")
     bare = shutil.copytree(bert, tmp_path / "bare")
