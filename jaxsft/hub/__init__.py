@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxsft.hub.disk import on_disk
 from jaxsft.hub.files import CheckpointError, resolve
+from jaxsft.hub.merge import export, merge
 from jaxsft.hub.peft import export_adapter, load_adapter
+from jaxsft.hub.source import read_config, shapes
 from jaxsft.hub.tokenizer import adapter_template, load_tokenizer, save_template, stop_tokens
-from jaxsft.hub.weights import abstract, export, init, load, load_variables, merge, on_disk, read_config, shapes
+from jaxsft.hub.weights import abstract, init, load, load_variables
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_a_checkpoint_with_the_config_keys_of_transformers_4_reads_the_same(pair
     rope = old.pop("rope_parameters")
     old |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": old.pop("dtype")}
     old.pop("layer_types", None)
-    hub.weights._write_config(tmp_path, old)
+    hub.files.write_json(tmp_path / "config.json", old)
     (tmp_path / "model.safetensors").symlink_to(pair.folder / "model.safetensors")
     tokens = np.stack(documents([T] * 2))
     model, params = hub.load(str(tmp_path))

@@ -9,9 +9,9 @@ import numpy as np
 from jaxsft import tree
 from jaxsft.hub import names
 from jaxsft.hub.files import CheckpointError
+from jaxsft.hub.merge import fetch
 from jaxsft.hub.names import Address
 from jaxsft.hub.peft.names import EMBED, FULL, HEAD
-from jaxsft.hub.weights import fetch
 from jaxsft.models import Family
 
 

@@ -8,10 +8,12 @@ import numpy as np
 
 from jaxsft import lora
 from jaxsft.hub import names
+from jaxsft.hub.disk import on_disk
 from jaxsft.hub.files import CheckpointError, Reader, Tensor, resolve, write, write_json
+from jaxsft.hub.merge import fetch
 from jaxsft.hub.peft.config import to_config
 from jaxsft.hub.peft.names import CONFIG, EMBED, EMBEDDING, FILE, FULL, HEAD, LINEAR, PREFIX
-from jaxsft.hub.weights import fetch, on_disk, read_config
+from jaxsft.hub.source import read_config
 from jaxsft.lora import LoRA
 from jaxsft.models import EncoderConfig, Family, ModelConfig
 

@@ -1,0 +1,164 @@
+"""What is written: a model as a checkpoint, and a fine-tuned part merged into its base.
+
+Merging goes over the base's files tensor by tensor: what was not trained is copied as it is, bit by bit.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsft import lora, sharding, tree
+from jaxsft.hub import names
+from jaxsft.hub.files import (
+    DTYPES,
+    FLOATS,
+    CheckpointError,
+    Tensor,
+    copy_companions,
+    read_json,
+    resolve,
+    write,
+    write_json,
+)
+from jaxsft.hub.source import has_weights, open_weights, read_config, shapes
+
+
+def fetch(leaf: jax.Array, index: tuple[int, ...], *, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    """Brings one layer (and expert) of a stacked leaf, or with no index a whole leaf, to the host."""
+    x = sharding.to_host(leaf[index] if index else leaf)
+    return (x.T if transposed else x).astype(dtype)
+
+
+def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dtype: str | None = None) -> list[Path]:
+    """Writes parameters as a Hugging Face checkpoint.
+
+    Args:
+      path: the folder to write.
+      params: of the model that `source` describes.
+      source: the folder or hub name that gives config.json, tokenizer, chat template, generation config; and, if it
+        holds weights, their names and what of them this model does not use (a pooler).
+      shard_gb: the largest file, in 10^9 bytes.
+      dtype: float32, bfloat16 or float16; by default that of each tensor in the source's files, so that what was not
+        trained comes out byte for byte; without files what the config says, else float32.
+
+    Returns:
+      the weight files.
+
+    Raises:
+      CheckpointError: the disk is full, `source` cannot be read, or a parameter that it describes is not given.
+
+    Example:
+      >>> import tempfile, jaxsft
+      >>> model, params = jaxsft.load(jaxsft.BASE)
+      >>> [file.name for file in export(tempfile.mkdtemp(), params, source=jaxsft.BASE)]
+      ['model.safetensors']
+    """
+    folder, base = Path(path), resolve(source)
+    family, config = read_config(base)
+    raw = read_json(base / "config.json")
+    usual = jnp.dtype(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    reader = open_weights(base) if has_weights(base) else None
+    files = reader.files if reader else {}
+    kind_of = lambda name: reader.dtype(name) if reader and name in files and dtype is None else usual
+    known, out = names.by_address(family, params), []
+    if lacking := sorted(set(names.by_address(family, shapes(config))) - set(known), key=str):
+        raise CheckpointError(
+            f"the parameters lack {lacking[0].path} (layer {lacking[0].layer}), which {source} describes; are kernels "
+            "packed? They cannot be exported, but `merge` writes the base's own, with an adapter folded in"
+        )
+    for name, (address, transposed) in names.places(family, config, files).items():
+        if address in known:
+            leaf, index = known[address]
+            shape, how = leaf.shape[len(index) :], {"transposed": transposed, "dtype": kind_of(name)}
+            make = lambda leaf=leaf, index=index, how=how: fetch(leaf, index, **how)
+            out.append(Tensor(name, shape[::-1] if transposed else shape, how["dtype"], make))
+    if reader:
+        read = reader.read
+        apart = [(name, kind_of(name)) for name in files if tree.matches(family.unused, name)]
+        out += [Tensor(n, reader.shape(n), kind, lambda n=n, k=kind: read(n).astype(k)) for n, kind in apart]
+    files = write(folder, out, shard_gb=shard_gb)
+    parted = {"tie_word_embeddings": False} if config.tied and "head" in params else {}
+    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": usual.name, **parted})
+    copy_companions(base, folder)
+    return files
+
+
+def _write_config(folder: Path, config: Mapping) -> None:
+    if jax.process_index() == 0:
+        write_json(folder / "config.json", config)
+
+
+def merge(
+    base: str, path: str, *, adapter: Mapping | None = None, trained: Mapping | None = None, shard_gb: float = 5.0
+) -> list[Path]:
+    """Writes the base with a fine-tuned part folded in, file by file: W + scale A B in float32, cast once.
+
+    Args:
+      base: the checkpoint that was fine-tuned; a folder or a hub name.
+      path: the folder to write.
+      adapter: a LoRA tree, as `lora.init` makes it.
+      trained: parameters that replace the base's; others are copied bit by bit.
+      shard_gb: the largest file, in 10^9 bytes.
+
+    Returns:
+      the weight files. Where the output layer was tied to the embedding and one of the two is adapted, or trained
+      alone, it gets a tensor of its own, and config.json says so.
+
+    Raises:
+      CheckpointError: a weight that the base does not have, or another shape than the base's.
+
+    Example:
+      >>> import tempfile, jaxsft
+      >>> _, params = jaxsft.load(jaxsft.BASE)
+      >>> [file.name for file in merge(jaxsft.BASE, tempfile.mkdtemp(), trained={"norm": params["norm"]})]
+      ['model.safetensors']
+    """
+    folder, source = Path(path), resolve(base)
+    if folder.exists() and folder.samefile(source):
+        raise CheckpointError(f"{path} is the base itself; choose another folder to merge into")
+    family, config = read_config(source)
+    reader = open_weights(source)
+    known = names.places(family, config, reader.files)
+    new, low = names.by_address(family, trained or {}), names.adapted(family, adapter or {})
+    files = {name: name for name in reader.files}  # what is written: what it is read from
+    table, output = (names.Address(f"{layer}/table", None) for layer in ("embed", "head"))
+    parts = config.tied and (table in low or output in low or output in new)
+    if parts:  # else a second copy of the table, where a file has one, follows the first
+        head = names.name_of(family, output)[0]
+        files[head] = names.stored(family, names.name_of(family, table)[0], reader.files)
+        known[head] = names.Place(output, False)
+        new = {output: new[table], **new} if table in new else new
+
+    def make(name: str) -> np.ndarray:
+        old, full = reader.read(files[name]), np.dtype("float32")
+        if name not in known:
+            return old
+        address, transposed = known[name]
+        result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
+        if result.shape != old.shape:
+            raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
+        if address in low:
+            leaves = {part: fetch(*leaf, transposed=False, dtype=full) for part, leaf in low[address].items()}
+            turned = transposed or address == output
+            wanted = (leaves["a"].shape[-2], leaves["b"].shape[-1])
+            if wanted != (old.shape[::-1] if turned else old.shape[-2:]):
+                wanted = wanted[::-1] if turned else wanted
+                raise CheckpointError(f"the adapter of {name!r} has shape {wanted}, but {source} has {old.shape}")
+            result = lora.adapted(result.T if turned else result, leaves)
+            result = result.T if turned else result
+        return result.astype(old.dtype)
+
+    have = {known[name].address for name in files if name in known}
+    if missing := sorted((set(new) | set(low)) - have, key=str):
+        raise CheckpointError(
+            f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"
+        )
+    kinds = {n: reader.dtype(old, FLOATS if n in known else DTYPES) for n, old in files.items()}
+    tensors = [Tensor(n, reader.shape(old), kinds[n], lambda n=n: make(n)) for n, old in files.items()]
+    written = write(folder, tensors, shard_gb=shard_gb)
+    _write_config(folder, read_json(source / "config.json") | ({"tie_word_embeddings": False} if parts else {}))
+    copy_companions(source, folder)
+    return written

@@ -1,0 +1,59 @@
+"""A checkpoint folder as a model: what its config.json describes, and where its weights are."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from jaxsft.hub import msgpack, names
+from jaxsft.hub.files import CheckpointError, Reader, has_safetensors, read_json
+from jaxsft.models import EncoderConfig, Family, ModelConfig, build, family_of, split
+from jaxsft.tree import Tree
+from jaxsft.types import Key
+
+Weights = Reader | msgpack.Reader
+
+
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """Reads a folder's `config.json` through its family.
+
+    An encoder whose files hold nothing of a head has none, whatever its architecture is called: sentence encoders often
+    keep the config of the model that they came from.
+
+    Raises:
+      CheckpointError: it is missing, of an unknown family, or has keys the family does not know.
+    """
+    raw = read_json(folder / "config.json")
+    try:
+        family = family_of(raw)
+        config = family.read_config(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    if isinstance(config, EncoderConfig) and config.mlm and has_weights(folder):
+        files = open_weights(folder).files
+        head = [names.stored(family, name.hf, files) for name in family.names if name.path.startswith("mlm/")]
+        return family, dataclasses.replace(config, mlm=not files.keys().isdisjoint(head))
+    return family, config
+
+
+def has_weights(folder: Path) -> bool:
+    return has_safetensors(folder) or msgpack.found(folder)
+
+
+def open_weights(folder: Path) -> Weights:
+    """The tensors of a folder: its safetensors, or else what transformers' Flax models saved.
+
+    Raises:
+      CheckpointError: it has neither, or a file is truncated or corrupt.
+    """
+    return Reader(folder) if has_safetensors(folder) or not msgpack.found(folder) else msgpack.Reader(folder)
+
+
+def shapes(config: ModelConfig, cut: int | None = None) -> Tree:
+    """The shapes of a model's parameters, without any memory; `cut` as for `models.split`."""
+
+    def make(key: Key) -> Tree:
+        params = build(config).init(key)
+        return params if cut is None else split(params, cut)
+
+    return jax.eval_shape(make, jax.random.key(0))
