@@ -89,7 +89,8 @@ def perplexity(model_path: str, text: str, kind: str) -> dict[str, float]:
     mesh = sharding.mesh(data=1)
     rows, _, _ = data.load(data.Config(train=text, format="text", max_length=512), hub.load_tokenizer(model_path))
     batches = train.place(data.batches(rows, 8, seed=None, epochs=1), mesh)
-    return {"perplexity": math.exp(train.make_evaluation(objectives.supervised(model))({}, variables, batches))}
+    measured = train.make_evaluation(objectives.supervised(model))({}, variables, batches)
+    return {"perplexity": math.exp(measured["loss"])}
 
 
 def steps(folder: str, kind: str, count: int) -> dict:

@@ -1,19 +1,16 @@
 """What a fine-tuning run leaves: the adapter, the merged checkpoint."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from jaxsft import hub, report, tree
 from jaxsft.hub import ExportConfig
-from jaxsft.tuning import Plan
+from jaxsft.tuning import Learner
 
 
 def save(
     folder: Path,
     base: str,
-    plan: Plan,
-    trained: Mapping,
-    frozen: Mapping,
+    learner: Learner,
     *,
     tokenizer,
     config: ExportConfig,
@@ -24,9 +21,7 @@ def save(
     Args:
       folder: takes `adapter/` and `merged/`.
       base: the checkpoint that was fine-tuned.
-      plan: what trained, from `tuning.plan`.
-      trained: `State.trainable`, or the same tree of a checkpoint.
-      frozen: what did not train beside it, for the constants of an adapter.
+      learner: what was trained, with the constants of its adapter.
       tokenizer: the run's, whose chat template goes along where the base has none.
       config: which of the two to write, and how large a file may be.
       quantise: what the base was packed as while training; it is merged into as its files have it all the same.
@@ -35,6 +30,7 @@ def save(
       {"adapter": folder, "merged": folder}, those written.
     """
     written, (family, shape) = {}, hub.read_config(hub.resolve(base))
+    _, plan, trained, frozen = learner
     adapter = tree.combine(trained["lora"], frozen["lora"]) if plan.lora else None
     params = trained.get("params", {})
     if adapter is not None and plan.lora and config.adapter:

@@ -139,9 +139,9 @@ class Log:
         if self._bar:
             self._bar(completed=step, loss=f"{metrics['loss']:.4f}", speed=f"{self._speed:,.0f}")
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Takes the held-out loss after `step` steps; its time does not count as training."""
-        self._write({"step": step, "eval_loss": loss})
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes what was measured on held-out rows after `step` steps; its time does not count as training."""
+        self._write({"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
         self._window.clear()
 
     def _write(self, line: Mapping[str, float]) -> None:

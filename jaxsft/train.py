@@ -65,6 +65,7 @@ class Pretraining(Config):
 
 
 Step = Callable[[State, Tree, Any], tuple[State, Metrics]]
+Prepare = Callable[[Mapping, Any, Callable], Any]
 
 
 def init(trainable: Tree, tx: optax.GradientTransformation, key: Key, mesh: Mesh | None = None) -> State:
@@ -89,13 +90,23 @@ def init(trainable: Tree, tx: optax.GradientTransformation, key: Key, mesh: Mesh
 
 
 def make_step(
-    objective: Objective, tx: optax.GradientTransformation, *, microbatches: int = 1, shardings: State | None = None
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    prepare: Prepare | None = None,
+    microbatches: int = 1,
+    shardings: State | None = None,
 ) -> Step:
     """Compiles the training step.
 
     Args:
       objective: (variables, batch, key) -> Sums.
       tx: the Optax transformation.
+      prepare: for losses that look at the whole batch (KTO's KL, a sort over all pairs): (variables, batch, over) ->
+        batch, which tells each row what it must know of the others before the batch is cut. `over(f)` computes
+        f(variables, piece, key) -> arrays [rows, ...] piece by piece, with the key that `objective` gets for the piece,
+        and gives them for all rows. It is called where there are several microbatches; of an uncut batch the objective
+        sees the whole by itself.
       microbatches: pieces of equal row count that the batch is computed in, in sequence.
       shardings: `sharding.of(state)`, so that what comes back lies as what went in; needed with more than one device.
 
@@ -123,7 +134,13 @@ def make_step(
         if microbatches == 1:
             grads, sums = grad(state.trainable, batch, key)
         else:
-            pieces = (jax.tree.map(lambda x: _cut(x, microbatches), batch), jax.random.split(key, microbatches))
+            keys = jax.random.split(key, microbatches)
+            cut = lambda batch: jax.tree.map(lambda x: _cut(x, microbatches), batch)
+            if prepare is not None:
+                variables = tree.combine(state.trainable, frozen)
+                look = lambda f: jax.lax.map(lambda piece: f(variables, *piece), (cut(batch), keys))
+                batch = prepare(variables, batch, lambda f: jax.tree.map(_join, look(f)))
+            pieces = (cut(batch), keys)
             add = lambda carry, piece: (jax.tree.map(jnp.add, carry, grad(state.trainable, *piece)), None)
             first = jax.tree.map(lambda x: x[0], pieces)
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.trainable, *first))
@@ -150,6 +167,11 @@ def _cut(x: Array, pieces: int) -> Array:
     if x.shape[0] % pieces:
         raise ValueError(f"a batch of {x.shape[0]} rows does not cut into {pieces} microbatches")
     return jnp.swapaxes(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 0, 1)
+
+
+def _join(x: Array) -> Array:
+    """[pieces, B / pieces, ...] -> [B, ...], what `_cut` was given."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 class Placed(NamedTuple):
@@ -187,7 +209,7 @@ def fit(
     steps: int,
     log: Log,
     rate: Callable[[int], Any],
-    evaluate: Callable[[State], float] | None = None,
+    evaluate: Callable[[State], Mapping[str, float]] | None = None,
     save: Callable[[State, Mapping], None] | None = None,
     eval_every: int = 0,
     save_every: int = 0,
@@ -203,7 +225,7 @@ def fit(
       steps: the number of the last step, counted from the very first run.
       log: takes the metrics.
       rate: step -> learning rate, for the log.
-      evaluate, eval_every: measures the held-out loss every so many steps, and at the end.
+      evaluate, eval_every: measures held-out rows every so many steps, and at the end.
       save, save_every: writes a checkpoint every so many steps, and at the end.
       log_every: steps between lines of the log.
 
@@ -249,19 +271,20 @@ def fit(
     return state
 
 
-def make_evaluation(objective: Objective) -> Callable[[Tree, Tree, Iterable[Placed]], float]:
-    """Compiles evaluation: the mean loss over all learned tokens of some batches, dropout off.
+def make_evaluation(objective: Objective) -> Callable[[Tree, Tree, Iterable[Placed]], dict[str, float]]:
+    """Compiles evaluation: the means over all that is learned of some batches (tokens, or pairs), dropout off.
 
     Returns:
-      evaluate(trainable, frozen, batches) -> nats a token.
+      evaluate(trainable, frozen, batches) -> {"loss": ..., and the objective's own metrics}.
     """
     sums = jax.jit(lambda trainable, frozen, batch: objective(tree.combine(trainable, frozen), batch, None))
 
-    def evaluate(trainable: Tree, frozen: Tree, batches: Iterable[Placed]) -> float:
-        parts = [sums(trainable, frozen, batch.batch) for batch in batches]
-        loss, weight = (float(sum(jax.device_get([p[i] for p in parts]))) for i in (0, 1))
-        if not weight:
-            raise RunError("data.eval has no learned token; nothing can be measured on it")
-        return loss / weight
+    def evaluate(trainable: Tree, frozen: Tree, batches: Iterable[Placed]) -> dict[str, float]:
+        parts = jax.device_get([sums(trainable, frozen, batch.batch) for batch in batches])
+        if not (weight := sum(float(part.weight) for part in parts)):
+            raise RunError("data.eval has nothing that is learned; nothing can be measured on it")
+        mean = lambda values: sum(map(float, values)) / weight
+        metrics = {name: mean(part.metrics[name] for part in parts) for name in parts[0].metrics}
+        return {"loss": mean(part.loss for part in parts), **metrics}
 
     return evaluate

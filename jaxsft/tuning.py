@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxsft import lora, quant, sharding, tree
 from jaxsft.lora import LoRA
+from jaxsft.models import Model
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
@@ -40,6 +41,19 @@ class Plan(NamedTuple):
     trainable: Pattern  # over the addresses of {"params": ..., "lora": ...}
     cut: int | None  # the layer before which the stack is cut, so that the parts can differ
     lora: LoRA | None
+
+
+class Learner(NamedTuple):
+    """A model, and its variables split by what learns."""
+
+    model: Model
+    plan: Plan
+    trainable: Tree
+    frozen: Tree
+
+    @property
+    def variables(self) -> Tree:
+        return tree.combine(self.trainable, self.frozen)
 
 
 def plan(config: Config, depth: int) -> Plan:

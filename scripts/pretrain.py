@@ -9,32 +9,12 @@ RoBERTa) learns with `--train.objective masked`: each time a row comes other tok
 whole words with `--train.whole_words true`, and predicted from both sides; `trained_tokens` counts those.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from jaxsft import (
-    config,
-    data,
-    hub,
-    models,
-    objectives,
-    preflight,
-    report,
-    results,
-    run,
-    sample,
-    sections,
-    session,
-    sharding,
-    tree,
-    tuning,
-)
+from jaxsft import config, data, hub, models, objectives, preflight, report, results, run, sample, sections, session
 
 
 @dataclass(frozen=True)
@@ -71,7 +51,7 @@ def check(cfg: Config, shape: models.ModelConfig) -> None:
 
 def main(cfg: Config) -> None:
     # ---- where: the folder, the devices --------------------------------------------------------------------------
-    family, shape = hub.read_config(hub.resolve(cfg.model.path))
+    _, shape = hub.read_config(hub.resolve(cfg.model.path))
     check(cfg, shape)
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
     gaps = data.masking(tokenizer, whole_words=cfg.train.whole_words) if cfg.train.objective == "masked" else None
@@ -82,39 +62,30 @@ def main(cfg: Config) -> None:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
         preflight.show(learning, preflight.Sections(*parts), cfg.run.device_gb)
         return
-    folder = run.start(cfg.run)
-    mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
-    key_model = jax.random.key(cfg.train.seed)
+    folder, mesh = session.start(cfg.run, cfg.mesh)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     rows, held_out, found = data.load(cfg.data, tokenizer, "masked" if gaps else "learn")
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
-    plan = tuning.plan(cfg.tuning, shape.layers)
-    kind = {"dtype": jnp.dtype(cfg.model.dtype), "remat": cfg.model.remat}
     if cfg.init == "random":
-        model, params = hub.init(cfg.model.path, key_model, mesh, **kind)
-        base = {"params": params}
+        learner = session.draw(cfg.model, mesh, seed=cfg.train.seed)
     else:
-        dropout = plan.lora.dropout if plan.lora else 0.0
-        kind |= {"full_precision": plan.trainable, "cut": plan.cut, "lora_dropout": dropout}
-        model, base = hub.load_variables(cfg.model.path, mesh, quantise=cfg.model.quantise, **kind)
-    trainable, frozen = tuning.apply(plan, base, key_model, mesh=mesh, rules=family.rules)
-    report.summary("model", tuning.describe(plan, trainable, frozen))
+        learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed)
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
     asked = (data.blanks if gaps else data.questions)(held_out, tokenizer, cfg.run.samples) if held_out else []
     prompts = [question.ids for question in asked]
     if gaps:
-        ask = sample.filler(model, tokenizer, prompts, gaps.mask_id)
+        ask = sample.filler(learner.model, tokenizer, prompts, gaps.mask_id)
     else:
-        ask = sample.asker(model, tokenizer, prompts, hub.stop_tokens(cfg.model.path, tokenizer), cfg.sample)
-    before = ask(tree.combine(trainable, frozen))
-    state = session.learn(
-        learning(model),
-        trainable,
-        frozen,
+        stop = hub.stop_tokens(cfg.model.path, tokenizer)
+        ask = sample.asker(learner.model, tokenizer, prompts, stop, cfg.sample)
+    before = ask(learner.variables)
+    learner = session.learn(
+        learning(learner.model),
+        learner,
         rows,
         held_out,
         config=cfg.train,
@@ -123,24 +94,16 @@ def main(cfg: Config) -> None:
         folder=folder,
         recorded=config.flat(cfg),
     )
-    after = ask(tree.combine(state.trainable, frozen))
+    after = ask(learner.variables)
 
     # ---- what it leaves ------------------------------------------------------------------------------------------
     if cfg.init == "random":  # there is no base to merge into
         merged = folder / "merged"
-        hub.export(str(merged), state.trainable["params"], source=cfg.model.path, shard_gb=cfg.export.shard_gb)
+        hub.export(str(merged), learner.trainable["params"], source=cfg.model.path, shard_gb=cfg.export.shard_gb)
         written = {"merged": merged}
     else:
-        written = results.save(
-            folder,
-            cfg.model.path,
-            plan,
-            state.trainable,
-            frozen,
-            tokenizer=tokenizer,
-            config=cfg.export,
-            quantise=cfg.model.quantise,
-        )
+        kept = {"tokenizer": tokenizer, "config": cfg.export, "quantise": cfg.model.quantise}
+        written = results.save(folder, cfg.model.path, learner, **kept)
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

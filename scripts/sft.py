@@ -7,28 +7,9 @@ Rows are {"instruction", "input", "output"}, {"messages": [{"role", "content"}, 
 look at them with scripts/inspect_data.py first.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-
-from jaxsft import (
-    config,
-    data,
-    hub,
-    objectives,
-    preflight,
-    report,
-    results,
-    run,
-    sample,
-    sections,
-    session,
-    sharding,
-    tree,
-    tuning,
-)
+from jaxsft import config, data, hub, objectives, preflight, report, results, run, sample, sections, session
 
 
 @dataclass(frozen=True)
@@ -48,15 +29,13 @@ class Config:
 
 def main(cfg: Config) -> None:
     # ---- where: the folder, the devices --------------------------------------------------------------------------
-    family, shape = hub.read_config(hub.resolve(cfg.model.path))
+    _, shape = hub.read_config(hub.resolve(cfg.model.path))
     objectives.expect("causal", shape, cfg.data.max_length)
     if cfg.run.plan:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
         preflight.show(objectives.supervised, preflight.Sections(*parts), cfg.run.device_gb)
         return
-    folder = run.start(cfg.run)
-    mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
-    key_lora = jax.random.key(cfg.train.seed)
+    folder, mesh = session.start(cfg.run, cfg.mesh)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
@@ -64,29 +43,16 @@ def main(cfg: Config) -> None:
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
-    plan = tuning.plan(cfg.tuning, shape.layers)
-    model, base = hub.load_variables(
-        cfg.model.path,
-        mesh,
-        quantise=cfg.model.quantise,
-        dtype=jnp.dtype(cfg.model.dtype),
-        full_precision=plan.trainable,
-        cut=plan.cut,
-        remat=cfg.model.remat,
-        lora_dropout=plan.lora.dropout if plan.lora else 0.0,
-    )
-    trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
-    report.summary("model", tuning.describe(plan, trainable, frozen))
+    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed)
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
     asked = data.questions(held_out, tokenizer, cfg.run.samples) if held_out else []
     stop = hub.stop_tokens(cfg.model.path, tokenizer)
-    ask = sample.asker(model, tokenizer, [question.ids for question in asked], stop, cfg.sample)
-    before = ask(tree.combine(trainable, frozen))
-    state = session.learn(
-        objectives.supervised(model),
-        trainable,
-        frozen,
+    ask = sample.asker(learner.model, tokenizer, [question.ids for question in asked], stop, cfg.sample)
+    before = ask(learner.variables)
+    learner = session.learn(
+        objectives.supervised(learner.model),
+        learner,
         rows,
         held_out,
         config=cfg.train,
@@ -95,19 +61,11 @@ def main(cfg: Config) -> None:
         folder=folder,
         recorded=config.flat(cfg),
     )
-    after = ask(tree.combine(state.trainable, frozen))
+    after = ask(learner.variables)
 
     # ---- what it leaves ------------------------------------------------------------------------------------------
-    written = results.save(
-        folder,
-        cfg.model.path,
-        plan,
-        state.trainable,
-        frozen,
-        tokenizer=tokenizer,
-        config=cfg.export,
-        quantise=cfg.model.quantise,
-    )
+    kept = {"tokenizer": tokenizer, "config": cfg.export, "quantise": cfg.model.quantise}
+    written = results.save(folder, cfg.model.path, learner, **kept)
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
     report.finish(folder, samples, written)
 

@@ -77,7 +77,7 @@ def test_every_step_is_a_line_and_the_speed_counts_tokens_over_time(tmp_path, mo
     log = Log(tmp_path)
     for step in (1, 2, 3):
         log.train(step, {"loss": 1.5 / step}, tokens=100)
-    log.evaluation(3, 0.25)
+    log.evaluation(3, {"loss": 0.25})
     assert lines(tmp_path) == [
         {"step": 1, "loss": 1.5, "tokens_per_second": 0.0},
         {"step": 2, "loss": 0.75, "tokens_per_second": 50.0},

@@ -193,7 +193,11 @@ def fit(tmp_path, values, *, rate=0.25, steps=None, **more):
 
 def test_fit_logs_every_step_evaluates_and_saves_when_asked(tmp_path):
     state, metrics, saved = fit(
-        tmp_path, [1.0, 2.0, 3.0, 4.0, 5.0], evaluate=lambda s: float(s.trainable["w"]), eval_every=2, save_every=2
+        tmp_path,
+        [1.0, 2.0, 3.0, 4.0, 5.0],
+        evaluate=lambda s: {"loss": float(s.trainable["w"])},
+        eval_every=2,
+        save_every=2,
     )
     w, wanted = 0.0, {}
     for i, x in enumerate([1.0, 2.0, 3.0, 4.0, 5.0], 1):
@@ -256,8 +260,8 @@ def test_evaluation_is_the_mean_over_tokens_not_over_batches():
         {"loss": jnp.array([6.0]), "weight": jnp.array([1.0])},
         {"loss": jnp.array([2.0]), "weight": jnp.array([7.0])},
     ]
-    assert evaluate({}, {}, [train.Placed(b, 1, {}) for b in batches]) == pytest.approx(1.0)
-    with pytest.raises(RunError, match="no learned token"):
+    assert evaluate({}, {}, [train.Placed(b, 1, {}) for b in batches]) == {"loss": pytest.approx(1.0)}
+    with pytest.raises(RunError, match="nothing that is learned"):
         evaluate({}, {}, [train.Placed({"loss": jnp.zeros(1), "weight": jnp.zeros(1)}, 1, {})])
 
 
