@@ -85,19 +85,44 @@ def logprobs(
       >>> [round(float(x), 3) for x in lp[0]]  # one of five, all equally likely: log 1/5
       [-1.609, -1.609, 0.0]
     """
-    B, T, _ = features.shape
+    rows = compact(mask, chunk)
+    # Along the row, so that rows which lie on different devices stay there.
+    features = jnp.take_along_axis(features, rows.order[..., None], axis=1)
+    targets = jnp.take_along_axis(targets, rows.order, axis=1)
+    lp: Any = _compact(features, table, targets, rows.counts, Head(rows.width, scale, soft_cap))
+    return jnp.take_along_axis(lp, rows.back, axis=1)
+
+
+class Compact(NamedTuple):
+    """How rows are reordered so that the tokens that count come first, and filled up to whole chunks."""
+
+    order: Int[Array, "B Tc"]  # where each token stood
+    back: Int[Array, "B T"]  # where each token went
+    counts: Bool[Array, "B Tc"]  # true for a prefix of each row
+    width: int  # tokens of each row in a chunk
+
+
+def compact(mask: Bool[Array, "B T"], chunk: int | None) -> Compact:
+    """The order for `mask`, in chunks of `chunk` tokens, or of what suits the backend."""
+    B, T = mask.shape
     chunk = chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
     width = min(T, max(1, chunk // B))
-    order = jnp.argsort(~mask, axis=1, stable=True)  # tokens that count come first in their row
+    order = jnp.argsort(~mask, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     order = jnp.pad(order, ((0, 0), (0, -T % width)), mode="edge")
-    count = mask.sum(axis=1, keepdims=True)
-    counts = jnp.arange(order.shape[1]) < count  # [B, T'], true for a prefix of each row
-    # Along the row, so that rows which lie on different devices stay there.
-    features = jnp.take_along_axis(features, order[..., None], axis=1)
-    targets = jnp.take_along_axis(targets, order, axis=1)
-    lp: Any = _compact(features, table, targets, counts, Head(width, scale, soft_cap))
-    return jnp.take_along_axis(lp, back, axis=1)
+    return Compact(order, back, jnp.arange(order.shape[1]) < mask.sum(axis=1, keepdims=True), width)
+
+
+def scores(features: Float[Array, "B t D"], table: Float[Array, "V D"], head: Head) -> tuple[Array, Array | float]:
+    """Scores of every token of the vocabulary, float32 [B, t, V], and d scores / d products of features and table."""
+    logits = jnp.einsum("btd,vd->btv", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+    slope = head.scale
+    if head.scale != 1:
+        logits = logits * head.scale
+    if head.soft_cap is not None:
+        bent = jnp.tanh(logits / head.soft_cap)
+        logits, slope = head.soft_cap * bent, slope * (1 - bent * bent)
+    return logits, slope
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -107,13 +132,7 @@ def _compact(features, table, targets, mask, head):
 
 def _softmax(features, table, targets, head):
     """lp of the targets, and d lp / d products: one-hot(target) - softmax, times the slope of the scores."""
-    logits = jnp.einsum("btd,vd->btv", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
-    slope = head.scale
-    if head.scale != 1:
-        logits = logits * head.scale
-    if head.soft_cap is not None:
-        bent = jnp.tanh(logits / head.soft_cap)
-        logits, slope = head.soft_cap * bent, slope * (1 - bent * bent)
+    logits, slope = scores(features, table, head)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     total = jnp.exp(shifted).sum(axis=-1, keepdims=True)
     # A comparison instead of a gather: it fuses, and a table cut over the vocabulary stays cut.
@@ -123,7 +142,7 @@ def _softmax(features, table, targets, head):
     return lp, pull if head == Head(head.width) else pull * slope
 
 
-def _chunks(step, carry, mask, width):
+def chunks(step: Any, carry: Any, mask: Bool[Array, "B Tc"], width: int) -> tuple[Any, Any]:
     """Scans `step(carry, take)` over chunks of tokens, skipping those that hold no token that counts."""
 
     def body(carry, start):
@@ -148,7 +167,7 @@ def _forward(features, table, targets, mask, head, grad):
         pull = jnp.einsum("btv,vd->btd", slope.astype(f.dtype), table.astype(f.dtype))
         return carry, (lp, jnp.where(take(mask)[..., None], pull, 0))
 
-    return _chunks(step, (), mask, head.width)[1]
+    return chunks(step, (), mask, head.width)[1]
 
 
 def _vjp_forward(features, table, targets, mask, head):
@@ -175,7 +194,7 @@ def _vjp_backward(head, kept, cotangent):
         grad_table += jnp.einsum("btv,btd->vd", slope, f, preferred_element_type=jnp.float32)
         return grad_table, jnp.einsum("btv,vd->btd", slope, table.astype(f.dtype))
 
-    grad_table, grad_features = _chunks(step, jnp.zeros(table.shape, jnp.float32), mask, head.width)
+    grad_table, grad_features = chunks(step, jnp.zeros(table.shape, jnp.float32), mask, head.width)
     return grad_features, grad_table.astype(table.dtype), None, None
 
 
