@@ -29,18 +29,39 @@ class Tokens(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Two answers to each prompt, a row an answer; both sides begin with the prompt and learn the answer alone."""
+    """Rows of packed pairs, two answers to a prompt each; the prompt stands there once and both answers read it.
 
-    chosen: Tokens
-    rejected: Tokens
-    margin: Float[Array, "B"]  # how much better chosen is, 0 where the data does not say
+    The prompt "a b c" with the answers "d e" and "f", in one row of ten:
+
+        tokens     a b c d e c f . . .     the prompt but for its last token, then chosen, then rejected;
+        mask       0 0 0 1 1 0 1 0 0 0     an answer begins with the prompt's last token, which predicts its first
+        positions  0 1 2 3 4 2 3 0 0 0     as in the two documents "a b c d e" and "a b c f"
+        segments   1 1 2 2 2 3 3 0 0 0     3k+1, 3k+2, 3k+3 for the row's pair k = 0, 1, ...; 0 is padding
+        reads      1 1 1 1 1 1 1 0 0 0     the segment that a token sees beside its own, see `reads`
+
+    Where a prompt may not be shared, both documents stand there whole, in 3k+2 and 3k+3, and there is no 3k+1. A row
+    has place for K pairs, the most of any row of the data.
+    """
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    value: Float[Array, "B K"]  # the margin, 0 where the data gives none; of judged answers the label, 1 or 0
+    exists: Bool[Array, "B K"]  # is there a pair k?
+    row: Int[Array, "B K"]  # the pair's number in the data, to look up what else is known of it; -1 where there is none
+    reference: Float[Array, "B K 2"]  # log-probabilities of both under the reference, 0 unless they were precomputed
 
 
-class Judged(NamedTuple):
-    """An answer a row, and whether it is wanted."""
+def reads(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The segment that each token of `Pairs` sees beside its own: that of its prompt; 0 for padding.
 
-    answers: Tokens
-    label: Bool[Array, "B"]
+    Example:
+      >>> import numpy as np
+      >>> reads(np.array([[1, 1, 2, 3, 4, 5, 6, 0]])).tolist()
+      [[1, 1, 1, 1, 4, 4, 4, 0]]
+    """
+    return (3 * ((segments - 1) // 3) + 1) * (segments > 0)
 
 
 class Prompts(NamedTuple):

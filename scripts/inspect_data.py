@@ -51,6 +51,38 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return found
 
 
+def show(title: str, example: data.Example, tokenizer) -> None:
+    """The tokens of a document, or of a part of one."""
+    ids, mask = example
+    sizes = f"{len(ids)} tokens, {int(mask.sum())} learned"
+    report.tokens(f"{title}: {sizes}", pieces(tokenizer, ids.tolist()), mask.tolist())
+
+
+def pair(rows: data.PackedPairs, number: int, tokenizer) -> None:
+    """A pair as it is packed: the prompt once, and both answers behind its last token."""
+    shared = int(rows.shared[number])
+    chosen, rejected = rows.pair(number)
+    title = f"pair {number + 1} of {len(rows.documents):,}"
+    if shared:
+        show(f"{title}, prompt", data.Example(*(array[:shared] for array in chosen)), tokenizer)
+    own = f"chosen ({'label' if rows.mismatched else 'margin'} {rows.values[number]:g})"
+    other = "another row's answer" if rows.mismatched else "rejected"
+    for name, side in ((own, chosen), (other, rejected)):
+        show(f"{title}, {name}", data.Example(*(array[shared:] for array in side)), tokenizer)
+
+
+def packing(rows: data.PackedPairs, most: int) -> None:
+    """What lies side by side in the first row."""
+    row, cells = rows[0], []
+    for segment in np.unique(row.segments[row.segments > 0])[:most].tolist():
+        here = row.segments == segment
+        part, positions = ("prompt", "chosen", "rejected")[(segment - 1) % 3], row.positions[here]
+        counts = (f"{positions.min()} - {positions.max()}", str(here.sum()), str(row.mask[here].sum()))
+        cells.append((str(segment), str(row.row[(segment - 1) // 3] + 1), part, *counts))
+    title = f"the first of {len(rows):,} rows of {rows.length:,} tokens"
+    report.table(title, ("segment", "pair", "", "positions", "tokens", "learned"), cells, lines=False)
+
+
 def images(cfg: Config) -> None:
     """The classes of image rows, and the files that are not there."""
     counts, missing, first = Counter(), 0, ""
@@ -68,21 +100,26 @@ def main(cfg: Config) -> None:
         images(cfg)
         return
     tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
-    if kind == "learn":
-        rows, _, found = data.load(cfg.data, tokenizer, "masked" if cfg.train.objective == "masked" else "learn")
+    if kind in ("preference", "unpaired"):
+        rows, _, found = data.load_pairs(cfg.data, tokenizer, kind)
+    elif kind == "prompt":
+        rows, _, found = data.load_prompts(cfg.data, tokenizer)
     else:
-        rows, _, found = data.load_rows(cfg.data, tokenizer, kind)
+        rows, _, found = data.load(cfg.data, tokenizer, "masked" if cfg.train.objective == "masked" else "learn")
 
     # ---- the first rows, token by token --------------------------------------------------------------------------
-    shown = np.unique(rows.documents)[: cfg.show * (2 if kind == "preference" else 1)]
-    for number, document in enumerate(shown, 1):
-        example = rows.document(int(document))
-        sizes = f"{len(example.ids)} tokens, {int(example.mask.sum())} learned"
-        title = f"document {number} of {found.documents:,}: {sizes}"
-        report.tokens(title, pieces(tokenizer, example.ids.tolist()), example.mask.tolist())
+    if isinstance(rows, data.PackedPairs):
+        documents = np.unique(rows.documents)
+        for number in range(min(cfg.show, len(rows.documents))):
+            pair(rows, number, tokenizer)
+        packing(rows, 3 * cfg.show)
+    else:
+        documents = rows.documents
+        for number, document in enumerate(np.unique(documents)[: cfg.show], 1):
+            show(f"document {number} of {found.documents:,}", rows.document(int(document)), tokenizer)
 
     # ---- the report ----------------------------------------------------------------------------------------------
-    lengths = np.concatenate([source.lengths for source in rows.sources])[rows.documents.reshape(-1)]
+    lengths = np.concatenate([source.lengths for source in rows.sources])[documents]
     png = Path(cfg.out) / "lengths.png"
     png.parent.mkdir(parents=True, exist_ok=True)
     report.plot_lengths(lengths, cfg.data.max_length, png)

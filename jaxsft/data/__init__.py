@@ -1,6 +1,6 @@
 """Data: rows from files and the hub, read in one of the `FORMATS`, tokenised, packed and streamed."""
 
-from jaxsft.data.buckets import LoadedRows, Rows, batches_by_length, load_rows
+from jaxsft.data.buckets import LoadedPrompts, PromptRows, batches_by_length, load_prompts
 from jaxsft.data.chat import (
     Completion,
     Conversation,
@@ -17,7 +17,8 @@ from jaxsft.data.formats import FORMATS, Format, detect, parse
 from jaxsft.data.gaps import Masking, masking
 from jaxsft.data.info import Source, resolve
 from jaxsft.data.load import Config, Loaded, Report, kind_of, load, records
-from jaxsft.data.questions import Question, blanks, questions
+from jaxsft.data.pairs import LoadedPairs, PackedPairs, load_pairs, pairs_in_memory
+from jaxsft.data.questions import Comparison, Question, blanks, comparisons, questions
 from jaxsft.data.render import Example, prompt_ids, render, render_text
 from jaxsft.data.rows import Bad, DataError, Row
 from jaxsft.data.script import How
@@ -36,6 +37,7 @@ __all__ = [
     "TEMPLATES",
     "Bad",
     "Batch",
+    "Comparison",
     "Completion",
     "Config",
     "Conversation",
@@ -45,17 +47,19 @@ __all__ = [
     "How",
     "Image",
     "Loaded",
-    "LoadedRows",
+    "LoadedPairs",
+    "LoadedPrompts",
     "Masking",
     "Message",
+    "PackedPairs",
     "PackedRows",
     "Passage",
     "Preference",
     "Prompt",
+    "PromptRows",
     "Question",
     "Report",
     "Row",
-    "Rows",
     "Source",
     "Text",
     "ToolCall",
@@ -63,12 +67,15 @@ __all__ = [
     "batches",
     "batches_by_length",
     "blanks",
+    "comparisons",
     "detect",
     "in_memory",
     "kind_of",
     "load",
-    "load_rows",
+    "load_pairs",
+    "load_prompts",
     "masking",
+    "pairs_in_memory",
     "parse",
     "prompt_ids",
     "questions",

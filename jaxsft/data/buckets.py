@@ -1,6 +1,6 @@
-"""Preferences, judged answers and prompts, batched by length: rows of about one length share a batch.
+"""Prompts, batched by length: rows of about one length share a batch.
 
-They are not packed, since each row's loss is its own, or a model is still to write its end. A few lengths are chosen so
+They are not packed, since a model is still to write their end. A few lengths are chosen so
 that padding costs least, which bounds what is compiled; the rows of a batch are drawn anew in every epoch. What is left
 of a length fills up with rows of the next one, so that only one batch of an epoch is not full.
 """
@@ -14,83 +14,62 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxsft.data import pack
-from jaxsft.data.load import Config, Kind, Report, choose
+from jaxsft.data.load import Chosen, Config, Report, choose
 from jaxsft.data.render import Example
-from jaxsft.data.rows import DataError
+from jaxsft.data.store import Documents
 from jaxsft.data.stream import FOREVER, Batch, iterate, pick, share
-from jaxsft.types import Judged, Pairs, Prompts, Tokens
+from jaxsft.types import Prompts
 
 ALIGN = 32  # lengths are multiples of this
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows that are batched by length."""
+class PromptRows:
+    """Prompts that are batched by length."""
 
-    sources: Sequence[Any]
-    documents: Int[np.ndarray, "R K"]  # the documents of each row: chosen and rejected, or one
-    lengths: Int[np.ndarray, "R"]  # of the longer one
-    kind: Kind
+    sources: Sequence[Documents]
+    documents: Int[np.ndarray, "R"]  # numbered through all sources
+    lengths: Int[np.ndarray, "R"]
     digest: str
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.documents)
 
-    def collate(self, chosen: Int[np.ndarray, "B"], length: int) -> Pairs | Judged | Prompts:
-        """Puts rows side by side, each filled up to `length`; a row of -1 is empty."""
-        one = lambda i, side: pick(self.sources, int(self.documents[i, side]))
-        empty = Example(np.zeros(0, np.int32), np.zeros(0, bool))
-        sides = []
-        for side in range(self.documents.shape[1]):
-            rows = [pack.fill([one(i, side)] if i >= 0 else [empty], length) for i in chosen]
-            sides.append(Tokens(*map(np.stack, zip(*rows, strict=True))))  # pyright: ignore[reportArgumentType]
-        value = np.array([self.value(i) if i >= 0 else 0.0 for i in chosen], np.float32)
-        if self.kind == "preference":
-            return Pairs(sides[0], sides[1], value)  # type: ignore[arg-type]
-        if self.kind == "unpaired":
-            return Judged(sides[0], value > 0)  # type: ignore[arg-type]
-        sizes = (sides[0].segments > 0).sum(axis=1).astype(np.int32)
-        return Prompts(sides[0].tokens, sizes, np.asarray(chosen, np.int32))  # type: ignore[arg-type]
-
-    def _home(self, row: int) -> tuple[Any, int]:
-        """The source of a row, and its number there."""
-        number = int(self.documents[row, 0])
-        for one in self.sources:
-            if number < len(one.learned):
-                return one, int(one.rows[number])
-            number -= len(one.learned)
-        raise IndexError(row)
+    def collate(self, chosen: Int[np.ndarray, "B"], length: int) -> Prompts:
+        """Puts rows below each other, each filled up to `length`; a row of -1 is empty."""
+        rows = [pack.fill([self.document(int(self.documents[i]))] if i >= 0 else [], length) for i in chosen]
+        sizes = np.array([(row.segments > 0).sum() for row in rows], np.int32)
+        tokens = np.stack([row.tokens for row in rows])
+        return Prompts(tokens, sizes, np.asarray(chosen, np.int32))  # type: ignore[arg-type]
 
     def document(self, number: int) -> Example:
         """A document by its number through all sources."""
         return pick(self.sources, number)
 
-    def value(self, row: int) -> float:
-        """The number a row brings: its margin, or its label."""
-        source, here = self._home(row)
-        return float(source.values[here])
-
     def fields(self, row: int) -> dict[str, Any]:
         """The other columns of a row, for a reward function."""
-        source, here = self._home(row)
-        return source.row_fields(here)
+        number = int(self.documents[row])
+        for source in self.sources:
+            if number < len(source.rows):
+                return source.row_fields(int(source.rows[number]))
+            number -= len(source.rows)
+        raise IndexError(row)
 
 
-class LoadedRows(NamedTuple):
-    """Rows to learn, rows to measure on, and what became of the data."""
+class LoadedPrompts(NamedTuple):
+    """Prompts to answer, prompts to measure on, and what became of the data."""
 
-    train: Rows
-    eval: Rows | None
+    train: PromptRows
+    eval: PromptRows | None
     report: Report
 
 
-def load_rows(config: Config, tokenizer: Any, kind: Kind) -> LoadedRows:
-    """Reads and tokenises preferences, judged answers, or prompts (a conversation's last question is one, too).
+def load_prompts(config: Config, tokenizer: Any) -> LoadedPrompts:
+    """Reads and tokenises prompts; a conversation's last question is one, too.
 
     Args:
       config: what, and how.
       tokenizer: of transformers, fast, with a chat template.
-      kind: "preference", "unpaired" or "prompt".
 
     Returns:
       (train, eval, report); the report's efficiency is that of batches by length, tokens / (tokens + padding).
@@ -98,27 +77,17 @@ def load_rows(config: Config, tokenizer: Any, kind: Kind) -> LoadedRows:
     Raises:
       DataError: rows cannot be used, or are of another kind.
     """
-    if kind in ("learn", "image"):
-        raise DataError(f"rows of kind {kind} are not batched by length; use load")
-    train, held = choose(config, tokenizer, kind)
-    rows = _rows(train, kind)
+    train, held = choose(config, tokenizer, "prompt")
+    rows = _rows(train)
     ends = edges(rows.lengths)
-    slots = ends[np.searchsorted(ends, rows.lengths)].sum() * rows.documents.shape[1]
-    report = train.report._replace(packed_rows=len(rows), efficiency=train.report.tokens / max(int(slots), 1))
-    return LoadedRows(rows, None if held is None else _rows(held, kind), report)
+    slots = int(ends[np.searchsorted(ends, rows.lengths)].sum())
+    report = train.report._replace(packed_rows=len(rows), efficiency=train.report.tokens / max(slots, 1))
+    return LoadedPrompts(rows, None if held is None else _rows(held), report)
 
 
-def _rows(chosen: Any, kind: Any) -> Rows:
-    width = 2 if kind == "preference" else 1
-    documents = chosen.documents.reshape(-1, width) if width == 1 else _pairs(chosen.documents)
-    lengths = np.concatenate([one.lengths for one in chosen.sources])[documents].max(axis=1)
-    return Rows(chosen.sources, documents, lengths, kind, chosen.digest)
-
-
-def _pairs(documents: Int[np.ndarray, "D"]) -> Int[np.ndarray, "R 2"]:
-    """Both documents of each row; a row that comes twice has its documents twice: a a b b -> (a b) (a b)."""
-    first = documents[documents % 2 == 0]
-    return np.stack([first, first + 1], axis=1)
+def _rows(chosen: Chosen) -> PromptRows:
+    lengths = np.concatenate([one.lengths for one in chosen.sources])[chosen.documents]
+    return PromptRows(chosen.sources, chosen.documents, lengths, chosen.digest)
 
 
 def edges(lengths: Int[np.ndarray, "R"], most: int = 6) -> Int[np.ndarray, "E"]:
@@ -152,7 +121,7 @@ def edges(lengths: Int[np.ndarray, "R"], most: int = 6) -> Int[np.ndarray, "E"]:
 class _Epochs:
     """All batches of many epochs by number, as grain reads them."""
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int | None, epochs: int, part: slice):
+    def __init__(self, rows: PromptRows, batch_size: int, seed: int | None, epochs: int, part: slice):
         self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part
         self.ends = edges(rows.lengths)
         self.per_epoch = -(-len(rows) // batch_size)
@@ -183,7 +152,7 @@ class _Epochs:
 
 
 def batches_by_length(
-    rows: Rows,
+    rows: PromptRows,
     batch_size: int,
     *,
     seed: int | None,
@@ -195,7 +164,7 @@ def batches_by_length(
     """Batches of rows of about one length, in a new order every epoch, from any position on.
 
     Args:
-      rows: from `load_rows`.
+      rows: from `load_prompts`.
       batch_size: rows of a batch, over all processes.
       seed: of the order; None goes from short to long.
       epochs: how often each row comes; None is for ever. Each epoch's last batch may be filled up with empty rows.
@@ -203,7 +172,7 @@ def batches_by_length(
       process, processes: which contiguous share of each batch to give.
 
     Returns:
-      an iterator of `Batch` of `Pairs`, `Judged` or `Prompts`.
+      an iterator of `Batch` of `Prompts`.
 
     Raises:
       DataError: the batch does not divide by the processes, or the position is one in other data.
@@ -213,11 +182,4 @@ def batches_by_length(
 
     part = slice(process * size, (process + 1) * size)
     data = grain.MapDataset.source(_Epochs(rows, batch_size, seed, FOREVER if epochs is None else epochs, part))
-    return iterate(data, rows.digest, position, _count)
-
-
-def _count(batch: Pairs | Judged | Prompts) -> int:
-    if isinstance(batch, Prompts):
-        return int(batch.lengths.sum())
-    sides = batch[:2] if isinstance(batch, Pairs) else batch[:1]
-    return sum(int((side.segments > 0).sum()) for side in sides)
+    return iterate(data, rows.digest, position, lambda prompts: int(prompts.lengths.sum()))

@@ -58,7 +58,8 @@ class Config:
     on_bad_row: Literal["error", "skip"] = "error"
     """a row that cannot be used ends the run, after 20 of them were listed; or it is left out and counted"""
     max_length: int = 1024
-    """tokens of a row; longer conversations are truncated, longer texts split"""
+    """tokens of a row; longer conversations are truncated, longer texts split; of preferences the tokens of one
+    document, prompt and answer, and a row has twice as many"""
     packing: bool = True
     """several documents a row, kept apart by segments; otherwise one"""
     seed: int = 0
@@ -86,6 +87,7 @@ class Report(NamedTuple):
     bad: list[str]  # the first of those dropped
     cached: bool  # nothing had to be tokenised
     held_out: int = 0  # rows that are measured on
+    shared: int | None = None  # tokens that stand in a row of pairs once, and are of both documents
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for people.
@@ -102,13 +104,15 @@ class Report(NamedTuple):
             "tokens": f"{self.tokens:,}",
             "trained tokens": f"{self.trained_tokens:,} ({self.trained_tokens / max(self.tokens, 1):.1%})",
             "efficiency": f"{self.efficiency:.1%} of {self.packed_rows:,} rows",
+            "prompt shared": f"{self.shared or 0:,} tokens not computed twice",
             "truncated": f"{self.truncated:,}",
             "dropped": f"{self.dropped:,}" + "".join(f"\n{line}" for line in self.bad),
             "held out": f"{self.held_out:,} rows",
             "duplicate rows": f"{self.duplicates:,}",
             "longest row": f"{self.longest[0]:,} tokens, {self.longest[1]}",
         }
-        return [(name, value) for name, value in shown.items() if name != "held out" or self.held_out]
+        told = {"held out": self.held_out > 0, "prompt shared": self.shared is not None}
+        return [(name, value) for name, value in shown.items() if told.get(name, True)]
 
 
 Kind = Literal["learn", "preference", "unpaired", "prompt", "image"]
@@ -172,12 +176,13 @@ def _pack(chosen: Chosen, config: Config) -> tuple[PackedRows, float]:
     else:
         most = min(-(-int(lengths.max()) // ALIGN) * ALIGN, most)
         order, rows = np.arange(len(lengths)), np.arange(len(lengths) + 1)
-    digest = _digest(chosen.digest, most, config.packing)
+    digest = digest_of(chosen.digest, most, config.packing)
     packed = PackedRows(chosen.sources, chosen.documents[order], rows, most, digest)
     return packed, int(lengths.sum()) / (len(packed) * most)
 
 
-def _digest(*parts: Any) -> str:
+def digest_of(*parts: Any) -> str:
+    """A name for what some values of JSON decide."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 
@@ -205,12 +210,12 @@ def choose(config: Config, tokenizer: Any, kind: str) -> tuple[Chosen, Chosen | 
     held = held_out([one.hashes for one in documents], config.val_fraction, config.seed)
     weights, epochs = [source.weight for source in found], [source.epochs for source in found]
     taken = counts([~one for one in held], config.mix, weights=weights, epochs=epochs, seed=config.seed)
-    name = _digest([key for _, _, key in opened], config.mix, weights, epochs, config.val_fraction, config.seed)
+    name = digest_of([key for _, _, key in opened], config.mix, weights, epochs, config.val_fraction, config.seed)
     train = _chosen(documents, taken, all(cached for _, cached, _ in opened), name)
     if config.eval:
         measured = [_open(source, config, tokenizer, kind) for source in sources_of(config, config.eval)]
         ones = [np.ones(len(one.hashes), np.int32) for one, _, _ in measured]
-        apart = _chosen([one for one, _, _ in measured], ones, True, _digest([key for _, _, key in measured]))
+        apart = _chosen([one for one, _, _ in measured], ones, True, digest_of([key for _, _, key in measured]))
         lost = {"dropped": train.report.dropped + apart.report.dropped, "bad": train.report.bad + apart.report.bad}
     elif config.val_fraction:
         apart = _chosen(documents, [one.astype(np.int32) for one in held], True, name + "-held")

@@ -62,11 +62,11 @@ def truncate_pair(chosen: Rendered, rejected: Rendered, max_length: int) -> tupl
       >>> [cut.ids.tolist() for cut in truncate_pair(side(2), side(4), 6)]
       [[0, 1, 2, 4, 5], [0, 1, 2, 4, 5, 6]]
     """
-    start = int(np.argmax(chosen.mask))
+    start = int(np.argmax(chosen.answers))
     longest = max(len(chosen.ids), len(rejected.ids)) - start
     cut = []
     for side in (chosen, rejected):
-        if int(np.argmax(side.mask)) != start or (side.ids[:start] != chosen.ids[:start]).any():
+        if int(np.argmax(side.answers)) != start or (side.ids[:start] != chosen.ids[:start]).any():
             raise ValueError("chosen and rejected do not begin with the same prompt")
         if start + longest <= max_length:
             cut.append(Example(side.ids, side.mask))
@@ -182,8 +182,13 @@ def _pairs(documents: Int[np.ndarray, "D"], lengths: Int[np.ndarray, "D"]) -> It
         yield from zip(some.tolist(), lengths[some].tolist(), strict=True)
 
 
-def fill(examples: Sequence[Example], length: int) -> Tokens:
+def fill(examples: Sequence[Example], length: int, firsts: Sequence[int] | None = None) -> Tokens:
     """Writes documents side by side into one row, as `Tokens` shows it.
+
+    Args:
+      examples: the documents; an empty one takes a number and no room.
+      length: tokens of the row.
+      firsts: the position at which each of them begins; by default 0.
 
     Returns:
       Tokens of arrays [length]: segments count from 1, padding is 0 in all four.
@@ -195,9 +200,10 @@ def fill(examples: Sequence[Example], length: int) -> Tokens:
     """
     row = Tokens(*(np.zeros(length, kind) for kind in (np.int32, bool, np.int32, np.int32)))  # type: ignore[arg-type]
     at = 0
-    for number, (ids, mask) in enumerate(examples, 1):
+    firsts = [0] * len(examples) if firsts is None else firsts
+    for number, ((ids, mask), first) in enumerate(zip(examples, firsts, strict=True), 1):
         here = slice(at, at + len(ids))
-        for place, values in zip(row, (ids, mask, np.arange(len(ids)), number), strict=True):
+        for place, values in zip(row, (ids, mask, first + np.arange(len(ids)), number), strict=True):
             place[here] = values  # type: ignore[index]
         at += len(ids)
     return row

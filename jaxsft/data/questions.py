@@ -1,10 +1,13 @@
-"""Questions to ask a model before and after training, of held-out rows: prompts to answer, and gaps to fill."""
+"""Questions to ask a model before and after training, of held-out rows: prompts to answer, answers to choose between,
+and gaps to fill."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxsft.data.chat import Message
+from jaxsft.data.pairs import PackedPairs, prompt_length
 from jaxsft.data.rows import DataError
 from jaxsft.data.script import write
 from jaxsft.data.stream import PackedRows
@@ -20,19 +23,27 @@ class Question(NamedTuple):
     answer: str  # the row's own
 
 
-def questions(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
+class Comparison(NamedTuple):
+    question: Question  # its answer is the chosen one
+    rejected: str
+    pair: int  # its number in the data
+
+
+def questions(rows: PackedRows | PackedPairs, tokenizer: Any, count: int) -> list[Question]:
     """Takes `count` documents, evenly over the rows' sources, as questions.
 
     Of a conversation it is all up to its last learned answer, and `text` is what the user said last; of a text it is
-    the opening.
+    the opening; of a pair its prompt, and the answer is the chosen one.
 
     Args:
-      rows: held out, from `load`.
+      rows: held out, from `load` or `load_pairs`.
       tokenizer: that they were tokenised with.
       count: how many.
     """
+    if isinstance(rows, PackedPairs):
+        return [one.question for one in comparisons(rows, tokenizer, count)]
     found = []
-    for document in _chosen(rows, count):
+    for document in _spread(np.unique(rows.documents), count):
         ids, mask = rows.document(document)
         if mask[1:].all():  # a text
             opening, rest = ids[:OPENING], ids[OPENING : 4 * OPENING]
@@ -46,6 +57,25 @@ def questions(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
     return found
 
 
+def comparisons(rows: PackedPairs, tokenizer: Any, count: int) -> list[Comparison]:
+    """Takes `count` pairs, evenly over the rows' sources: what was asked, and both answers.
+
+    Args:
+      rows: held out, from `load_pairs`; of unpaired answers the rejected one is another row's.
+      tokenizer: that they were tokenised with.
+      count: how many.
+    """
+    found = []
+    for pair in _spread(np.arange(len(rows.documents)), count).tolist():
+        both = rows.pair(pair)
+        start = prompt_length(*both)
+        prompt = both[0].ids[:start]
+        chosen, rejected = (tokenizer.decode(side.ids[start:], skip_special_tokens=True) for side in both)
+        text = said_last(tokenizer.decode(prompt), tokenizer)
+        found.append(Comparison(Question(text, prompt.tolist(), chosen), rejected, pair))
+    return found
+
+
 def blanks(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
     """Takes `count` documents, evenly over the rows' sources, as texts with gaps; `answer` is what stood there.
 
@@ -55,7 +85,7 @@ def blanks(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
       count: how many.
     """
     found = []
-    for document in _chosen(rows, count):
+    for document in _spread(np.unique(rows.documents), count):
         ids, mask = (array[:PASSAGE].copy() for array in rows.document(document))
         inside = np.flatnonzero(mask)
         gaps = inside[min(EVERY, len(inside)) // 2 :: EVERY]
@@ -65,10 +95,9 @@ def blanks(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
     return found
 
 
-def _chosen(rows: PackedRows, count: int) -> np.ndarray:
-    """Documents, evenly over all."""
-    documents = np.unique(rows.documents)
-    return documents[np.unique(np.linspace(0, len(documents) - 1, count).round().astype(int)) if count else []]
+def _spread(numbers: Int[np.ndarray, "N"], count: int) -> Int[np.ndarray, "_"]:
+    """Some of them, evenly over all."""
+    return numbers[np.unique(np.linspace(0, len(numbers) - 1, count).round().astype(int)) if count else []]
 
 
 def said_last(prompt: str, tokenizer: Any) -> str:

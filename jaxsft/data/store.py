@@ -131,6 +131,28 @@ class Writer:
         shutil.rmtree(self._part, ignore_errors=True)
 
 
+def hold(examples: Sequence[Example]) -> Documents:
+    """Documents that are in memory, a row each.
+
+    Example:
+      >>> hold([Example(np.array([1, 2]), np.array([0, 1])), Example(np.array([3]), np.array([0]))]).lengths
+      array([2, 1])
+    """
+    numbers = np.arange(len(examples))
+    return Documents(
+        ids=np.concatenate([ids for ids, _ in examples]).astype(np.int32),
+        mask=np.concatenate([mask for _, mask in examples]).astype(bool),
+        starts=np.cumsum([0, *(len(ids) for ids, _ in examples)]),
+        learned=np.array([int(np.sum(mask)) for _, mask in examples], np.int32),
+        rows=numbers.astype(np.int32),
+        hashes=numbers.astype(np.uint64),
+        values=np.zeros(len(examples), np.float32),
+        fields=np.zeros(0, np.uint8),
+        ends=np.zeros(len(examples), np.int64),
+        meta={},
+    )
+
+
 def open_documents(folder: Path) -> Documents:
     """Maps what a `Writer` has written.
 

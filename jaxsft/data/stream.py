@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -17,8 +17,11 @@ from jaxtyping import Int
 from jaxsft.data import pack
 from jaxsft.data.render import Example
 from jaxsft.data.rows import DataError
-from jaxsft.data.store import Documents
+from jaxsft.data.store import Documents, hold
 from jaxsft.types import Tokens
+
+if TYPE_CHECKING:
+    from jaxsft.data.pairs import PackedPairs
 
 FOREVER = 2**20  # epochs; grain's own endless stream overflows when it is batched by one row
 
@@ -43,6 +46,10 @@ class PackedRows(Sequence[Tokens]):
         i = range(len(self))[i]  # counts from the end if negative, raises IndexError if outside
         return pack.fill([self.document(d) for d in self.documents[self.rows[i] : self.rows[i + 1]]], self.length)
 
+    def empty(self) -> Tokens:
+        """A row of padding, which fills up a batch."""
+        return pack.fill([], self.length)
+
     def document(self, number: int) -> Example:
         """A document by its number through all sources."""
         return pick(self.sources, number)
@@ -58,12 +65,12 @@ def pick(found: Sequence[Documents], number: int) -> Example:
 class Batch(NamedTuple):
     """What one process gets of one batch."""
 
-    tokens: Any  # Tokens, Pairs, Judged or Prompts of numpy arrays, [batch_size / processes, ...]
+    tokens: Any  # Tokens, Pairs or Prompts of numpy arrays, [batch_size / processes, ...]
     count: int  # of tokens that are no padding
     position: dict[str, Any]  # after this batch; JSON
 
 
-def steps_per_epoch(rows: PackedRows, batch_size: int) -> int:
+def steps_per_epoch(rows: "PackedRows | PackedPairs", batch_size: int) -> int:
     """Batches that hold all rows once, the last one perhaps not full.
 
     Example:
@@ -74,7 +81,7 @@ def steps_per_epoch(rows: PackedRows, batch_size: int) -> int:
 
 
 def batches(
-    rows: PackedRows,
+    rows: "PackedRows | PackedPairs",
     batch_size: int,
     *,
     seed: int | None,
@@ -86,7 +93,7 @@ def batches(
     """Batches of rows, in a new order every epoch, from any position on.
 
     Args:
-      rows: from `load`.
+      rows: from `load` or `load_pairs`.
       batch_size: rows of a batch, over all processes.
       seed: of the order; None keeps the rows as they lie.
       epochs: how often each row comes; None is for ever. A finite stream ends with a batch filled up with empty rows.
@@ -115,7 +122,7 @@ def batches(
         data = data.seed(seed).shuffle()
     data = data.repeat(FOREVER if epochs is None else epochs)  # reseeds the shuffle in each epoch
     if epochs is not None and (missing := -len(data) % batch_size):
-        empty = grain.MapDataset.source([pack.fill([], rows.length)] * missing)
+        empty = grain.MapDataset.source([rows.empty()] * missing)
         data = grain.MapDataset.concatenate([data, empty])
     data = data.batch(batch_size // processes)[process::processes]
     return iterate(data, rows.digest, position, lambda tokens: int((tokens.segments > 0).sum()))
@@ -157,19 +164,5 @@ def in_memory(documents: Sequence[Example], length: int, plan: Sequence[Sequence
       array([3, 4, 5, 0], dtype=int32)
     """
     plan = [[i] for i in range(len(documents))] if plan is None else plan
-    lengths = [len(document.ids) for document in documents]
-    numbers = np.arange(len(documents))
-    held = Documents(
-        ids=np.concatenate([document.ids for document in documents]).astype(np.int32),
-        mask=np.concatenate([document.mask for document in documents]).astype(bool),
-        starts=np.cumsum([0, *lengths]),
-        learned=np.array([int(np.sum(document.mask)) for document in documents], np.int32),
-        rows=numbers.astype(np.int32),
-        hashes=numbers.astype(np.uint64),
-        values=np.zeros(len(documents), np.float32),
-        fields=np.zeros(0, np.uint8),
-        ends=np.zeros(len(documents), np.int64),
-        meta={},
-    )
     order = np.array([i for row in plan for i in row], np.int32)
-    return PackedRows([held], order, np.cumsum([0, *map(len, plan)]), length, "memory")
+    return PackedRows([hold(documents)], order, np.cumsum([0, *map(len, plan)]), length, "memory")

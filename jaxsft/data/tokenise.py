@@ -28,7 +28,7 @@ from jaxsft.data.rows import Bad, DataError, Row
 from jaxsft.data.script import How, Script, scripts
 from jaxsft.data.store import Documents, Piece, Writer, open_documents
 
-VERSION = 1  # of what is written; another one is tokenised again
+VERSION = 2  # of what is written; another one is tokenised again
 ROWS = 256  # that are tokenised at once
 LISTED = 20  # bad rows that are told one by one
 LARGE = 64 << 20  # bytes from which on several processes pay for their start
@@ -159,6 +159,10 @@ def _cut(parsed: Parsed, whole: list[Rendered], job: Job) -> list[Example]:
             except ValueError as error:
                 raise DataError(f"{error}; the chat template must write a prompt alike whatever follows it") from error
             _expect_left(first, pair)
+            if np.array_equal(pair[0].ids, pair[1].ids):
+                cut = len(pair[0].ids) < len(first.ids)
+                remedy = f"raise data.max_length, which is {most}" if cut else "remove the row"
+                raise DataError(f"chosen and rejected have the same tokens{' when cut' * cut}; {remedy}")
             return list(pair)
     _expect_learned(first)
     last = job.how.learn == "last"

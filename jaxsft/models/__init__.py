@@ -29,7 +29,7 @@ from jaxsft.models import (
     roberta,
     smollm3,
 )
-from jaxsft.models.decoder import Cache, DecoderConfig, Model, logits, span, split
+from jaxsft.models.decoder import Cache, DecoderConfig, Model, logits, shares_prompts, span, split
 from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.family import Family, ModelConfig, Name
 
@@ -101,6 +101,7 @@ __all__ = [
     "build",
     "family_of",
     "logits",
+    "shares_prompts",
     "span",
     "split",
 ]

@@ -23,6 +23,7 @@ class Where(NamedTuple):
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
+    reads: Int[Array, "B T"] | None = None  # a segment that queries see beside their own, see `types.Pairs`
 
 
 def visible(
@@ -30,7 +31,8 @@ def visible(
 ) -> Bool[Array, "B T S"]:
     """Which keys each query attends to: its own document's, up to itself, at most `window` positions back.
 
-    Where it is not causal: all of its own document's, before and behind it, whatever the window.
+    Where it is not causal: all of its own document's, before and behind it, whatever the window. A query that `reads`
+    another segment sees its keys by the same rule, so that a prompt may go on in two ways.
 
     Two documents and one padding token in a row, `x` for visible:
 
@@ -41,12 +43,25 @@ def visible(
         token 3    . . x x .
         token 4    . . . . x     padding sees padding, so that no softmax is empty
 
+    A prompt of two tokens, and two answers that both read it:
+
+        positions  0 1 2 3 2
+        segments   1 1 2 2 3
+        reads      1 1 1 1 1
+        token 0    x . . . .
+        token 1    x x . . .
+        token 2    x x x . .
+        token 3    x x x x .
+        token 4    x x . . x
+
     Example:
       >>> where = Where(jnp.array([[0, 1, 0, 1, 0]]), jnp.array([[1, 1, 2, 2, 0]]))
       >>> visible(where, where)[0].astype(int).tolist()
       [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     """
     same = query.segments[:, :, None] == key.segments[:, None, :]
+    if query.reads is not None:
+        same |= query.reads[:, :, None] == key.segments[:, None, :]
     if not causal:
         return same
     distance = query.positions[:, :, None] - key.positions[:, None, :]
@@ -76,6 +91,10 @@ def _block(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
+def _cut(where: Where, at: slice) -> Where:
+    return jax.tree.map(lambda x: x[:, at], where)
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -100,8 +119,8 @@ def attend(
         arXiv:2309.17453, section 3.3; gpt-oss).
       scale: of the scores, in 1 / sqrt(H)'s place.
       soft_cap: bounds the scores, cap tanh(score / cap) (Gemma 2, arXiv:2408.00118, section 2).
-      ordered: T = S and tokens stand as in training rows, where no causal query needs a key further right: queries go
-        in blocks, and work is skipped.
+      ordered: T = S and tokens stand as in training rows, where no causal query needs a key further right (a segment
+        that is read lies left of who reads it): queries go in blocks, and work is skipped.
       causal: a token sees nothing behind it; otherwise its whole document, as in an encoder.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; groups: Ainslie et al. 2023, arXiv:2305.13245.
@@ -114,7 +133,6 @@ def attend(
     out = []
     for start in range(0, T, block):
         rows, upto = slice(start, start + block), slice(0, start + block if causal else T)
-        here = Where(query.positions[:, rows], query.segments[:, rows])
-        there = Where(key.positions[:, upto], key.segments[:, upto])
-        out.append(again(q[:, rows], k[:, upto], v[:, upto], visible(here, there, window, causal=causal)))
+        seen = visible(_cut(query, rows), _cut(key, upto), window, causal=causal)
+        out.append(again(q[:, rows], k[:, upto], v[:, upto], seen))
     return jnp.concatenate(out, axis=1)

@@ -104,12 +104,13 @@ class Model(NamedTuple):
 
     variables is {"params": ..., "lora": ..., "packed": ...}: the second only with an adapter, the third only where
     kernels are packed (`quant`) instead of being parameters. Where an adapter is on the output layer, features and
-    table are wider than D by its rank (see `adapter.widen`).
+    table are wider than D by its rank (see `adapter.widen`). `reads` is, for rows of pairs, the segment that each token
+    sees beside its own (`types.reads`).
     """
 
     config: "DecoderConfig | EncoderConfig"
     init: Callable[[Key], Tree]  # key -> params
-    features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None)
+    features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None, reads=None)
     learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
     output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache)
@@ -293,11 +294,29 @@ def _lengths(where: Where, cached: bool) -> Int[Array, "B T"]:
     return jax.vmap(longest)(where.positions, where.segments)
 
 
+def shares_prompts(config: "DecoderConfig | EncoderConfig") -> bool:
+    """Whether what a model computes of a prompt is the same whatever follows it, so that two answers can read it.
+
+    It is not in an encoder, which sees both sides, nor where a document's length decides how its tokens turn.
+
+    Example:
+      >>> make = lambda kind: DecoderConfig(32, 8, 16, 2, 2, 1, 4, max_position=64, rope=rotary.Rope(kind=kind))
+      >>> shares_prompts(make("default")), shares_prompts(make("dynamic"))
+      (True, False)
+    """
+    return isinstance(config, DecoderConfig) and not any(rope.kind in rotary.BY_LENGTH for rope in _ropes(config))
+
+
+def _ropes(config: DecoderConfig) -> tuple[rotary.Rope, ...]:
+    """That of each layer."""
+    return config.ropes or (config.rope,) * config.layers
+
+
 def _turns(config: DecoderConfig, where: Where, slots: Where | None) -> tuple[Turn, Int[np.ndarray, "L"]]:
     """The turn of each of K different ropes, stacked on a first axis, and which of them each layer has."""
-    ropes = config.ropes or (config.rope,) * config.layers
+    ropes = _ropes(config)
     kinds = list(dict.fromkeys(ropes))
-    late = any(rope.kind in rotary.BY_LENGTH for rope in kinds)  # then a key turns anew as its document grows
+    late = not shares_prompts(config)  # then a key turns anew as its document grows
     lengths = _lengths(where, slots is not None) if late else None
 
     def turn(rope: rotary.Rope) -> Turn:
@@ -400,12 +419,12 @@ def build(
         join = lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         return x, None if cache is None else join(caches), join(routings) if routings else None
 
-    def learn(variables, tokens, positions=None, segments=None, dropout=None):
+    def learn(variables, tokens, positions=None, segments=None, dropout=None, reads=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
-        x, _, routing = run(variables, tokens, Where(positions, segments), None, dropout)
+        x, _, routing = run(variables, tokens, Where(positions, segments, reads), None, dropout)
         return x, jnp.float32(0) if routing is None else balance(routing)
 
     def features(*args, **more):

@@ -161,8 +161,13 @@ def build(
         x = sum(part.astype(jnp.float32) for part in (params["table"][tokens], where, params["types"][0]))
         return cast(Array, norm.apply({"params": params["norm"]}, x)).astype(dtype)
 
-    def features(variables, tokens, positions=None, segments=None, dropout=None):
+    def features(variables, tokens, positions=None, segments=None, dropout=None, reads=None):
         params, lora = variables["params"], variables.get("lora", {})
+        if reads is not None:
+            raise ValueError(
+                "an encoder sees both sides, so what it computes of a prompt depends on the answer, and no two can "
+                "share it; load the pairs with share_prompt=False, and leave out reads"
+            )
         if positions is None:
             if tokens.shape[1] > config.max_position:
                 raise ValueError(f"{tokens.shape[1]} tokens exceed the model's {config.max_position} positions")

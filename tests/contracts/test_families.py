@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import hub, lora, models, objectives, quant, sharding, tree
+from jaxsft import data, hub, lora, losses, models, objectives, quant, sharding, tree, types
 from jaxsft.hub import names
 from jaxsft.models import FAMILIES, EncoderConfig
 from jaxsft.types import Tokens
@@ -159,6 +159,37 @@ def test_packed_and_padded_agree_with_alone(kind, built):
     packed = run(row, positions, segments)[0]
     np.testing.assert_allclose(packed[:9], alone[0], atol=1e-5)
     np.testing.assert_allclose(packed[9:20], alone[1], atol=1e-5)
+
+
+@decoder
+def test_answers_that_share_a_prompt_are_as_likely_as_in_documents_of_their_own(kind, built):
+    model, params = built(kind)
+    head = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap}
+
+    @jax.jit
+    def likely(tokens, mask, positions, segments):
+        """The log-probability of what is learned in each segment of a row."""
+        targets, learned = losses.shift(tokens, mask, segments)
+        reads = types.reads(segments)
+        features = model.features({"params": params}, tokens, positions, segments, reads=reads)
+        lp = losses.logprobs(features, model.output({"params": params}), targets, learned, **head)
+        return jax.ops.segment_sum(lp[0], segments[0], 10)
+
+    row_of = lambda row: likely(*(array[None] for array in row[:4]))
+    draw, pairs = np.random.default_rng(0), []
+    for prompt, *answers in ((9, 5, 8), (1, 9, 3), (3, 4, 1)):
+        asked = draw.integers(0, 64, prompt)
+        sides = [np.r_[asked, draw.integers(0, 64, answer)] for answer in answers]
+        pairs.append(tuple(data.Example(ids, np.arange(len(ids)) >= prompt) for ids in sides))
+    packed, whole = (
+        row_of(data.pairs_in_memory(pairs, 64, [[0, 1, 2]], share_prompt=share)[0]) for share in (True, False)
+    )
+    np.testing.assert_allclose(packed, whole, atol=1e-5, rtol=1e-6)
+    for k, pair in enumerate(pairs):
+        for side, document in enumerate(pair):
+            alone = row_of(data.in_memory([document], 64)[0])[1]
+            np.testing.assert_allclose(packed[3 * k + 2 + side], alone, atol=1e-5, rtol=1e-6)
+            assert alone < -1
 
 
 @decoder

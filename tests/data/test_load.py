@@ -233,8 +233,8 @@ def test_every_published_set_loads_whole(shared, name):
 def test_published_judgements_load_whole(shared, name, kind):
     tokenizer = hub.load_tokenizer(str(shared / "tokenizers" / "minimind_6400"))
     config = Config(train=name, info=str(shared / "sft_llamafactory"))
-    loaded = data.load_rows(config, tokenizer, kind)
-    assert len(loaded.train) == 240
+    loaded = data.load_pairs(config, tokenizer, kind)
+    assert len(loaded.train.documents) == 240
     assert loaded.report.efficiency > 0.8
 
 

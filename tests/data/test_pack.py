@@ -123,6 +123,13 @@ def test_fill_writes_what_tokens_documents():
     assert [array.dtype.name for array in row] == ["int32", "bool", "int32", "int32"]
 
 
+def test_a_document_may_begin_at_any_position_and_an_empty_one_takes_a_number():
+    nothing = Example(np.zeros(0, np.int32), np.zeros(0, bool))
+    row = fill([turns(1, 1), nothing, turns(1, 2)], 6, [0, 0, 4])
+    assert row.positions.tolist() == [0, 1, 4, 5, 6, 0]
+    assert row.segments.tolist() == [1, 1, 3, 3, 3, 0]
+
+
 def test_documents_survive_packing_in_any_order():
     random = np.random.default_rng(0)
     documents = [turns(*random.integers(1, 6, size=4)) for _ in range(6)]

@@ -23,12 +23,28 @@ def where(*rows):
     return Where(jnp.asarray(positions), jnp.asarray(segments))
 
 
+def pairs(*rows):
+    """Rows given as lengths of (prompt, chosen, rejected), answers with the prompt's last token -> Where with reads."""
+    made = []
+    for row in rows:
+        cells = []
+        for k, (prompt, *answers) in enumerate(row):
+            cells += [(at, 3 * k + 1, 3 * k + 1) for at in range(prompt)]
+            for side, answer in enumerate(answers):
+                cells += [(prompt + at, 3 * k + 2 + side, 3 * k + 1) for at in range(answer)]
+        made.append(cells)
+    width = max(map(len, made)) + 2
+    arrays = np.array([cells + [(0, 0, 0)] * (width - len(cells)) for cells in made], np.int32)
+    return Where(*jnp.moveaxis(jnp.asarray(arrays), 2, 0))
+
+
 def seen(query, key, window):
     """visible() by a triple loop over Python numbers."""
-    qp, qs, kp, ks = (np.asarray(x).tolist() for x in (*query, *key))
+    qp, qs, kp, ks = (np.asarray(x).tolist() for x in (*query[:2], *key[:2]))
+    read = qs if query.reads is None else query.reads.tolist()
     found = np.zeros((len(qp), len(qp[0]), len(kp[0])), bool)
     for b, t, s in np.ndindex(found.shape):
-        same, past = qs[b][t] == ks[b][s], kp[b][s] <= qp[b][t]
+        same, past = ks[b][s] in (qs[b][t], read[b][t]), kp[b][s] <= qp[b][t]
         found[b, t, s] = same and past and qp[b][t] - kp[b][s] < window
     return found
 
@@ -52,12 +68,21 @@ def plain(q, k, v, mask):
 
 
 ROWS = where([3, 4, -2], [1, 2, 6])
+BRANCHES = pairs([(3, 2, 4), (0, 1, 3)], [(1, 5, 1), (4, 2, 2)])
 FORMS = functools.partial(jax.jit, static_argnames=("ordered", "causal"))(attend)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, NO_WINDOW])
-def test_visible_equals_a_triple_loop(window):
-    np.testing.assert_array_equal(visible(ROWS, ROWS, window), seen(ROWS, ROWS, window))
+@pytest.mark.parametrize("rows", [ROWS, BRANCHES], ids=["documents", "pairs"])
+def test_visible_equals_a_triple_loop(rows, window):
+    np.testing.assert_array_equal(visible(rows, rows, window), seen(rows, rows, window))
+
+
+def test_an_answer_sees_its_prompt_as_in_its_own_document_and_not_the_other_answer():
+    sees = np.asarray(visible(BRANCHES, BRANCHES))[0, :, :15].astype(int)
+    assert sees[4].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # the second token of chosen
+    assert sees[6].tolist() == [1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # the second token of rejected
+    assert sees[11].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]  # of the next pair, which has no prompt
 
 
 @pytest.mark.parametrize("window", [2, NO_WINDOW])
@@ -115,9 +140,12 @@ def test_scores_are_scaled_and_capped_as_told(scale, soft_cap):
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+LONG = {"documents": where([300], [100, 150, 30, -20]), "pairs": pairs([(150, 60, 88)], [(20, 30, 40), (130, 9, 50)])}
+
+
 @pytest.mark.parametrize("window", [70, NO_WINDOW])
-def test_rows_of_several_blocks_equal_the_plain_loop_and_have_the_same_gradients(window):
-    long = where([300], [100, 150, 30, -20])
+@pytest.mark.parametrize("long", LONG.values(), ids=LONG)
+def test_rows_of_several_blocks_equal_the_plain_loop_and_have_the_same_gradients(long, window):
     assert 2 * attention.BLOCK < 300
     assert 300 % attention.BLOCK
     q, k, v = heads(0, 300, 2, K=1)

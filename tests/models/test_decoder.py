@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,9 +8,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxsft import lora, tree
+from jaxsft.data import Example, pairs_in_memory
 from jaxsft.lora import LoRA
-from jaxsft.models import DecoderConfig, build, logits, span, split
+from jaxsft.models import DecoderConfig, build, logits, shares_prompts, span, split
 from jaxsft.models.layers import Dense
+from jaxsft.models.rope import Rope
+from jaxsft.types import reads
 
 V, T = 31, 12
 CONFIG = DecoderConfig(
@@ -109,6 +113,80 @@ def test_rows_of_a_cache_may_stand_at_different_positions(params, features):
     # the first row goes on at 6, the second writes over what it read at 3
     out, _ = extend(variables, np.array([tokens[0, 6:7], tokens[1, 3:4]]), np.array([[6], [3]]), cache)
     np.testing.assert_allclose(out[:, 0], np.stack([full[0, 6], full[1, 3]]), atol=1e-5)
+
+
+# ---- pairs: the prompt once, two answers -----------------------------------------------------------------------------
+
+ONE, OTHER = ([5, 6, 7, 8], [9, 3], [1, 2, 30]), ([11, 12], [4], [5, 9])  # prompt, chosen, rejected
+
+
+def branched(*pairs, share_prompt=True):
+    """One row of pairs: (tokens, positions, segments, reads)."""
+    document = lambda prompt, answer: Example(np.array(prompt + answer), np.arange(len(prompt + answer)) >= len(prompt))
+    made = [(document(prompt, chosen), document(prompt, rejected)) for prompt, chosen, rejected in pairs]
+    one = pairs_in_memory(made, 24, [list(range(len(made)))], share_prompt=share_prompt)[0]
+    return tuple(array[None] for array in (one.tokens, one.positions, one.segments, reads(one.segments)))
+
+
+def answers(features, params, *pairs, **how):
+    """What each answer's tokens get, from the prompt's last one on: {(pair, side): features}."""
+    tokens, positions, segments, read = branched(*pairs, **how)
+    found = features({"params": params}, tokens, positions, segments, reads=read)[0]
+    last = {i: len(prompt) - 1 for i, (prompt, *_) in enumerate(pairs)}
+    here = lambda i, side: (segments[0] == 3 * i + 2 + side) & (positions[0] >= last[i])
+    return {(i, side): found[here(i, side)] for i in last for side in (0, 1)}
+
+
+def test_two_answers_to_one_prompt_get_what_their_documents_get_alone(params, features):
+    found = answers(features, params, ONE, OTHER)
+    for i, (prompt, *both) in enumerate((ONE, OTHER)):
+        for side, answer in enumerate(both):
+            alone = features({"params": params}, *row(prompt + answer))[0]
+            np.testing.assert_allclose(found[i, side], alone[len(prompt) - 1 :][: len(answer) + 1], atol=1e-5)
+
+
+def test_a_prompt_that_stands_in_both_documents_gives_the_same(params, features):
+    shared, apart = (answers(features, params, ONE, OTHER, share_prompt=share) for share in (True, False))
+    for which, found in shared.items():
+        np.testing.assert_allclose(found, apart[which], atol=1e-5)
+
+
+def test_permuting_pairs_changes_nothing(params, features):
+    first, other = answers(features, params, ONE, OTHER), answers(features, params, OTHER, ONE)
+    for i, side in first:
+        np.testing.assert_allclose(first[i, side], other[1 - i, side], atol=1e-5)
+
+
+def test_an_answer_is_computed_from_its_prompt_and_from_nothing_else_in_the_row(params, features):
+    prompt, chosen, rejected = ONE
+    found = answers(features, params, ONE, OTHER)
+    changed = answers(features, params, (prompt, [10, 10], rejected), OTHER)
+    np.testing.assert_array_equal(changed[0, 1], found[0, 1])  # rejected never sees chosen
+    changed = answers(features, params, ([4, *prompt[1:]], chosen, rejected), OTHER)
+    for side in (0, 1):
+        np.testing.assert_array_equal(changed[1, side], found[1, side])  # a later pair never sees an earlier one
+        assert float(jnp.abs(changed[0, side] - found[0, side]).min(axis=0).max()) > 1e-3  # both see the prompt
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_where_lengths_turn_tokens_both_documents_stand_whole(kind):
+    factors = {"short_factor": (1.0,) * 4, "long_factor": (2.0, 3.0, 4.0, 5.0)}
+    rope = Rope(kind=kind, factor=4.0, original_max_position=5, **factors)
+    config = dataclasses.replace(PLAIN, rope=rope)
+    model = build(config)
+    assert not shares_prompts(config)
+    assert shares_prompts(PLAIN)
+    plain, run = drawn(model), jax.jit(model.features)
+    found = answers(run, plain, ONE, OTHER, share_prompt=False)
+    for i, (prompt, *both) in enumerate((ONE, OTHER)):
+        for side, answer in enumerate(both):
+            alone = run({"params": plain}, *row(prompt + answer))[0]
+            np.testing.assert_allclose(found[i, side], alone[len(prompt) - 1 :][: len(answer) + 1], atol=1e-5)
+    shared = answers(run, plain, ONE, OTHER)  # for the flag to matter
+    assert float(jnp.abs(shared[0, 1] - found[0, 1]).max()) > 1e-4
+
+
+# ---- stacks ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cuts", "names"), [([1], ["0-0", "1-3"]), ([3, 1], ["0-0", "1-2", "3-3"])])

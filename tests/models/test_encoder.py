@@ -31,6 +31,13 @@ def features():
     return jax.jit(MODEL.features)
 
 
+def test_no_two_answers_share_a_prompt(params):
+    assert not models.shares_prompts(CONFIG)
+    tokens = np.arange(T)[None]
+    with pytest.raises(ValueError, match="an encoder sees both sides, .* load the pairs with share_prompt=False"):
+        MODEL.features({"params": params}, tokens, reads=tokens)
+
+
 def norm(x, part):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * part["scale"] + part["bias"]
 

@@ -34,13 +34,37 @@ def test_a_character_of_several_tokens_is_shown_whole(run_here, tmp_path, capsys
     assert "⟦龘🙂<|im_end|>⟧" in capsys.readouterr().out
 
 
-def test_preferences_show_both_answers_and_what_padding_costs(run_here, tmp_path, capsys):
+def test_preferences_show_the_prompt_once_both_answers_and_how_they_are_packed(run_here, tmp_path, capsys):
     file = lines(tmp_path / "a.jsonl", [{"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}] * 2)
     run_here("inspect_data", "--model.path", jaxsft.BASE, "--data.train", file, "--out", str(tmp_path), "--show", "1")
     shown = capsys.readouterr().out
     assert "⟦ Blue.<|im_end|>⟧" in shown
     assert "⟦ Green.<|im_end|>⟧" in shown
+    assert shown.count("Sky") == 1
     assert "preference" in shown
+    assert "the first of 1 rows of 2,048 tokens" in shown
+    cells = [line.replace("│", " ").split() for line in shown.splitlines() if "│" in line]
+    prompt, chosen, rejected = (
+        next(line for line in cells if name in line) for name in ("prompt", "chosen", "rejected")
+    )
+    assert prompt[:3] == ["1", "1", "prompt"]
+    assert prompt[-1] == "0"
+    assert chosen[:2] == ["2", "1"]
+    assert rejected[:2] == ["3", "1"]
+    assert chosen[3] == rejected[3] == str(int(prompt[-2]))  # they begin at the position behind it
+    assert f"{2 * int(prompt[-2])} tokens not computed twice" in shown
+
+
+def test_an_unpaired_answer_is_shown_beside_that_of_the_next_row(run_here, tmp_path, capsys):
+    made = [{"prompt": "Sky?", "completion": f" {word}.", "label": word == "Blue"} for word in ("Blue", "Green", "Red")]
+    file = lines(tmp_path / "a.jsonl", made)
+    run_here("inspect_data", "--model.path", jaxsft.BASE, "--data.train", file, "--out", str(tmp_path), "--show", "1")
+    shown = capsys.readouterr().out
+    assert "pair 1 of 3, chosen (label 1)" in shown
+    assert "pair 1 of 3, another row's answer" in shown
+    assert "⟦ Blue.<|im_end|>⟧" in shown
+    assert "⟦ Green.<|im_end|>⟧" in shown
+    assert "⟦ Red" not in shown
 
 
 def test_images_are_counted_by_class_and_missing_files_are_named(run_here, tmp_path, capsys):
