@@ -25,8 +25,8 @@ def expect(objective: Literal["causal", "masked"], config: ModelConfig, length: 
     """Refuses an objective that a model cannot have, and rows longer than its table of positions.
 
     Raises:
-      ValueError: next-token prediction with an encoder, masked tokens with a decoder or with an encoder without head;
-        `length` tokens a row where positions are learned, and fewer.
+      ValueError: next-token prediction with an encoder or a reward model, masked tokens with a decoder or with an
+        encoder without head; `length` tokens a row where positions are learned, and fewer.
 
     Example:
       >>> from jaxsft.models import DecoderConfig
@@ -38,6 +38,11 @@ def expect(objective: Literal["causal", "masked"], config: ModelConfig, length: 
         raise ValueError(
             "an encoder reads the next token before it predicts it, so it learns nothing from that; train it with "
             "scripts/pretrain.py --train.objective masked, or choose a decoder"
+        )
+    if objective == "causal" and config.labels:
+        raise ValueError(
+            "this model scores whole texts: config.json's architectures name a ...ForSequenceClassification, which has "
+            "no output layer to predict the next token with. Choose the language model that it was made from"
         )
     if objective == "masked" and not isinstance(config, EncoderConfig):
         raise ValueError(

@@ -7,7 +7,7 @@ partial   params/blocks/6-7/.*       the last two of eight layers; the backward 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -56,8 +56,14 @@ class Learner(NamedTuple):
         return tree.combine(self.trainable, self.frozen)
 
 
-def plan(config: Config, depth: int) -> Plan:
+def plan(config: Config, depth: int, also: Sequence[str] = ()) -> Plan:
     """Decides what trains in a model of `depth` layers.
+
+    Args:
+      config: the method, and what it is to change.
+      depth: layers of the model.
+      also: patterns over the addresses of parameters that train whatever the method is, such as score/.*, the new head
+        of a reward model.
 
     Raises:
       ValueError: settings that contradict each other or the model.
@@ -65,10 +71,12 @@ def plan(config: Config, depth: int) -> Plan:
     Example:
       >>> plan(Config(method="partial", layers=2), 8)[:2]
       (['params/blocks/6-7/.*'], 6)
+      >>> plan(Config(), 8, also=["score/.*"]).trainable
+      ['lora/.*/(a|b|m)', 'params/(score/.*)']
     """
     if config.trainable and config.method == "full":
         raise ValueError("tuning.trainable is for tuning.method lora or partial; the method is full")
-    patterns = [f"params/({pattern})" for pattern in config.trainable]
+    patterns = [f"params/({pattern})" for pattern in (*config.trainable, *also)]
     stack, cut = ("", None) if config.layers is None else _stack(config.layers, depth)
     match config.method:
         case "full":

@@ -77,6 +77,8 @@ def voices(cfg: Config, model, base: dict) -> dict[str, Voice]:
         variables = base
         if folder:
             adapter = hub.load_adapter(folder, hub.on_disk(cfg.model), family=family, config=model.config)
+            if "score" in adapter.params:
+                raise run.RunError(f"{folder} is the adapter of a reward model, which scores texts and writes none")
             variables = base | jax.tree.map(jnp.asarray, lora.attach(base["params"], adapter))
         template = cfg.template or (hub.adapter_template(folder) if folder else "")
         tokenizer = data.with_template(hub.load_tokenizer(cfg.model), template)

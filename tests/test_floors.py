@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"tree", "types", "config", "run", "report", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim"},
-    {"hub", "objectives", "sample", "tuning", "checkpoint"},
+    {"hub", "objectives", "sample", "score", "tuning", "checkpoint"},
     {"train", "results"},
     {"session", "sections", "preflight"},
 ]

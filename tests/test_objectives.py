@@ -136,6 +136,11 @@ def test_what_a_model_cannot_learn_is_refused():
         masked(decoder)
     with pytest.raises(ValueError, match="an encoder reads the next token before it predicts it"):
         objectives.supervised(build(CONFIG))
+    judge = build(dataclasses.replace(decoder.config, labels=1))
+    with pytest.raises(
+        ValueError, match="scores whole texts: .* no output layer to predict the next token with. Choose"
+    ):
+        objectives.supervised(judge)
     with pytest.raises(ValueError, match="has a token 40, and the model has 40 tokens; do the two belong"):
         objectives.masked(build(CONFIG), mask_id=V, ordinary=ORDINARY)
     for rate in (0.0, 1.0, -0.1):

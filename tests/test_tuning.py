@@ -91,6 +91,26 @@ def test_a_pattern_with_alternatives_stays_one_pattern():
     assert trains == {"params/norm/scale", "params/embed/table"}
 
 
+@pytest.mark.parametrize(("config", "beside"), [
+    (Config(method="full"), {f"params/{p}" for p in tree.flat(params())}),
+    (Config(method="partial", layers=1), stack("3-3")),
+    (Config(method="partial", trainable=["norm/scale"]), {"params/norm/scale"}),
+    (Config(lora=LoRA(rank=2, targets=".*")), adapters("0-3") | {f"lora/embed/{half}" for half in "ab"}),
+    (Config(layers=2, trainable=["norm/scale", "score/.*"]), adapters("2-3") | {"params/norm/scale"}),
+])  # fmt: skip
+def test_a_new_score_trains_whatever_the_method_is(config, beside):
+    plan = tuning.plan(config, DEPTH, also=["score/.*"])
+    judge = {**params(plan.cut), "score": {"kernel": jnp.zeros((8, 1))}}
+    one = sharding.mesh(devices=jax.devices()[:1])
+    trains, rests = tuning.apply(plan, {"params": judge}, jax.random.key(0), mesh=one, rules=RULES)
+    assert set(tree.flat(trains)) == beside | {"params/score/kernel"}
+    assert {p for p in tree.flat(rests) if p.startswith("params/")} == {
+        f"params/{p}" for p in tree.flat(params(plan.cut))
+    } - beside
+    learns, total = tree.count(trains), tree.count(trains) + tree.count(rests.get("params", {}))
+    assert tuning.describe(plan, trains, rests)["parameters that train"].startswith(f"{learns:,} of {total:,} ")
+
+
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match="matches no leaf"):
         learns(Config(method="partial", trainable=["norm/scale", "head/.*"]))

@@ -24,6 +24,8 @@ from jaxsft.hub.files import (
     write_json,
 )
 from jaxsft.hub.source import has_weights, open_weights, read_config, shapes
+from jaxsft.hub.tokenizer import pad_apart
+from jaxsft.models import Family, ModelConfig
 
 
 def fetch(leaf: jax.Array, index: tuple[int, ...], *, transposed: bool, dtype: np.dtype) -> np.ndarray:
@@ -57,7 +59,7 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
       ['model.safetensors']
     """
     folder, base = Path(path), resolve(source)
-    family, config = read_config(base)
+    family, config = read_config(base, 1 if "score" in params else None)
     raw = read_json(base / "config.json")
     usual = jnp.dtype(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
     reader = open_weights(base) if has_weights(base) else None
@@ -81,14 +83,32 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
         out += [Tensor(n, reader.shape(n), kind, lambda n=n, k=kind: read(n).astype(k)) for n, kind in apart]
     files = write(folder, out, shard_gb=shard_gb)
     parted = {"tie_word_embeddings": False} if config.tied and "head" in params else {}
-    _write_config(folder, {**raw, "dtype" if "dtype" in raw else "torch_dtype": usual.name, **parted})
-    copy_companions(base, folder)
+    said = {**raw, "dtype" if "dtype" in raw else "torch_dtype": usual.name, **parted}
+    _finish(folder, base, _scoring(family, said) if config.labels else said)
     return files
 
 
-def _write_config(folder: Path, config: Mapping) -> None:
+def _finish(folder: Path, source: Path, config: Mapping) -> None:
+    """Writes what lies beside the weights."""
     if jax.process_index() == 0:
         write_json(folder / "config.json", config)
+    copy_companions(source, folder)
+    pad_apart(folder)  # where it is a reward model
+
+
+def _score(family: Family, config: ModelConfig, leaf: jax.Array, dtype: np.dtype) -> Tensor:
+    """The tensor of a score that the base does not have."""
+    (name, transposed), shape = names.name_of(family, names.SCORE), (config.labels, config.hidden)
+    if leaf.shape != shape[::-1]:
+        raise CheckpointError(f"{name!r} was trained with shape {leaf.shape[::-1]}, but the base implies {shape}")
+    return Tensor(name, shape, dtype, lambda: fetch(leaf, (), transposed=transposed, dtype=dtype))
+
+
+def _scoring(family: Family, config: Mapping) -> dict:
+    """The config.json of a reward model; labels that the base has a name for keep it."""
+    known = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    labels = {} if known else {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**config, **labels, "architectures": [family.classifier]}
 
 
 def merge(
@@ -100,7 +120,9 @@ def merge(
       base: the checkpoint that was fine-tuned; a folder or a hub name.
       path: the folder to write.
       adapter: a LoRA tree, as `lora.init` makes it.
-      trained: parameters that replace the base's; others are copied bit by bit.
+      trained: parameters that replace the base's; others are copied bit by bit. With a score among them a language
+        model becomes a reward model: transformers' ...ForSequenceClassification, without an output layer, and with a
+        token for padding that ends no text (see `pad_apart`).
       shard_gb: the largest file, in 10^9 bytes.
 
     Returns:
@@ -119,11 +141,12 @@ def merge(
     folder, source = Path(path), resolve(base)
     if folder.exists() and folder.samefile(source):
         raise CheckpointError(f"{path} is the base itself; choose another folder to merge into")
-    family, config = read_config(source)
+    family, config = read_config(source, 1 if "score" in (trained or {}) else None)
     reader = open_weights(source)
     known = names.places(family, config, reader.files)
     new, low = names.by_address(family, trained or {}), names.adapted(family, adapter or {})
-    files = {name: name for name in reader.files}  # what is written: what it is read from
+    spare = {copy for copy, _ in family.copies} if config.labels else set()
+    files = {name: name for name in reader.files if name not in spare}  # what is written: what it is read from
     table, output = (names.Address(f"{layer}/table", None) for layer in ("embed", "head"))
     parts = config.tied and (table in low or output in low or output in new)
     if parts:  # else a second copy of the table, where a file has one, follows the first
@@ -152,13 +175,18 @@ def merge(
         return result.astype(old.dtype)
 
     have = {known[name].address for name in files if name in known}
+    if adds := names.SCORE in new and names.SCORE not in have:
+        have.add(names.SCORE)
     if missing := sorted((set(new) | set(low)) - have, key=str):
         raise CheckpointError(
             f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"
         )
     kinds = {n: reader.dtype(old, FLOATS if n in known else DTYPES) for n, old in files.items()}
     tensors = [Tensor(n, reader.shape(old), kinds[n], lambda n=n: make(n)) for n, old in files.items()]
+    if adds:  # in the dtype of the others, as whoever loads the folder casts it to one anyway
+        first = names.stored(family, names.name_of(family, table)[0], reader.files)
+        tensors.append(_score(family, config, new[names.SCORE][0], reader.dtype(first)))
     written = write(folder, tensors, shard_gb=shard_gb)
-    _write_config(folder, read_json(source / "config.json") | ({"tie_word_embeddings": False} if parts else {}))
-    copy_companions(source, folder)
+    said = read_json(source / "config.json") | ({"tie_word_embeddings": False} if parts else {})
+    _finish(folder, source, _scoring(family, said) if config.labels else said)
     return written

@@ -29,6 +29,9 @@ class Address(NamedTuple):
     expert: int | None = None
 
 
+SCORE = Address("score/kernel", None)
+
+
 class Place(NamedTuple):
     address: Address
     transposed: bool

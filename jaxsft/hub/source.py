@@ -7,21 +7,27 @@ import jax
 
 from jaxsft.hub import msgpack, names
 from jaxsft.hub.files import CheckpointError, Reader, has_safetensors, read_json
-from jaxsft.models import EncoderConfig, Family, ModelConfig, build, family_of, split
+from jaxsft.models import EncoderConfig, Family, ModelConfig, build, family_of, split, with_labels
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
 Weights = Reader | msgpack.Reader
 
 
-def read_config(folder: Path) -> tuple[Family, ModelConfig]:
+def read_config(folder: Path, labels: int | None = None) -> tuple[Family, ModelConfig]:
     """Reads a folder's `config.json` through its family.
 
     An encoder whose files hold nothing of a head has none, whatever its architecture is called: sentence encoders often
     keep the config of the model that they came from.
 
+    Args:
+      folder: of the checkpoint.
+      labels: 1 for the reward model that the checkpoint is or is to become, see `models.with_labels`; by default what
+        it is.
+
     Raises:
-      CheckpointError: it is missing, of an unknown family, or has keys the family does not know.
+      CheckpointError: it is missing, of an unknown family, has keys the family does not know, or cannot be a reward
+        model.
     """
     raw = read_json(folder / "config.json")
     try:
@@ -29,6 +35,10 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
         config = family.read_config(raw)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    try:
+        config = with_labels(family, config, labels)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is a {raw['model_type']!r} model: {error}") from error
     if isinstance(config, EncoderConfig) and config.mlm and has_weights(folder):
         files = open_weights(folder).files
         head = [names.stored(family, name.hf, files) for name in family.names if name.path.startswith("mlm/")]

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded through transformers, with what decides where an answer ends."""
+"""Tokenizers: loaded through transformers, with what decides where an answer ends and where padding begins."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,14 @@ import jax
 
 from jaxsft.data import templates
 from jaxsft.hub.files import CheckpointError, read_json, resolve, write_json
+from jaxsft.hub.source import read_config
+
+# Tokens that end no text, the first that a vocabulary has: those named for padding, what stands for nothing, and the
+# byte 0xFF, which no UTF-8 holds, as byte-fallback and byte-level vocabularies write it.
+PADDING = (
+    *("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"),
+    *("<|endoftext|>", "<unk>", "<0xFF>", "\u00ff"),
+)
 
 
 def load_tokenizer(path: str):
@@ -33,10 +41,13 @@ def load_tokenizer(path: str):
 def stop_tokens(path: str, tokenizer) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's eos and those of the generation config."""
     stops = {tokenizer.eos_token_id} - {None}
-    file = resolve(path) / "generation_config.json"
+    return tuple(sorted(stops | _listed(resolve(path) / "generation_config.json")))
+
+
+def _listed(file: Path) -> set[int]:
+    """What a config counts as eos."""
     listed = read_json(file).get("eos_token_id") if file.is_file() else None
-    stops |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    return tuple(sorted(stops))
+    return set(listed if isinstance(listed, list) else [] if listed is None else [listed])
 
 
 def adapter_template(adapter: str) -> str:
@@ -68,3 +79,35 @@ def save_template(folder: Path, tokenizer) -> None:
         )
     if changed != known:
         write_json(settings, changed)
+    pad_apart(folder)
+
+
+def pad_apart(folder: Path) -> None:
+    """Gives a reward model's folder a token for padding that ends no text; leaves other folders alone.
+
+    transformers scores the last token of a row that is not config.json's pad_token_id. Where that ends texts too, as in
+    many a checkpoint that has no other, it scores the token before, which ours are not taught to. The tokenizer's own
+    stays, or else config.json's, unless it is what the tokenizer ends a text with, or the model has no row for it. Then
+    the first of `PADDING` takes its place, in both. Where there is none it is null: transformers refuses several rows.
+    """
+    file = folder / "config.json"
+    if jax.process_index() or not file.is_file() or not (shape := read_config(folder)[1]).labels:
+        return
+    config, stops = read_json(file), _listed(file) | _listed(folder / "generation_config.json")
+    has_row = lambda token: token is not None and token < shape.vocab_size
+    own = config.get("pad_token_id")
+    if not (any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()):
+        write_json(file, config | {"pad_token_id": own if has_row(own) and own not in stops else None})
+        return
+    tokenizer = load_tokenizer(str(folder))
+    known, end = tokenizer.get_vocab(), tokenizer.eos_token_id
+    named = {token: name for name, token in known.items() if has_row(token)}
+    kept = [token for token in (tokenizer.pad_token_id, own) if token != end]
+    new = [token for token in map(known.get, PADDING) if token not in stops | {end}]
+    chosen = next((token for token in kept + new if token in named), None)
+    write_json(file, config | {"pad_token_id": chosen})
+    if chosen != tokenizer.pad_token_id:
+        settings, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+        for said in (settings, older) if older.is_file() else (settings,):
+            told = read_json(said) if said.is_file() else {}
+            write_json(said, told | {"pad_token": named.get(chosen)})

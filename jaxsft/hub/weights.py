@@ -5,18 +5,19 @@ packed are read and packed tensor by tensor, so that in full precision they neve
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxsft import lora, quant, sharding, tree
 from jaxsft.hub import names
 from jaxsft.hub.disk import check, part_of
-from jaxsft.hub.files import CheckpointError, resolve
+from jaxsft.hub.files import CheckpointError, read_json, resolve
 from jaxsft.hub.source import open_weights, read_config, shapes
-from jaxsft.models import Model, build
+from jaxsft.models import Model, ModelConfig, build
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
@@ -69,36 +70,47 @@ def load_variables(
     cut: int | None = None,
     remat: str = "none",
     lora_dropout: float = 0.0,
+    labels: int | None = None,
+    key: Key | None = None,
 ) -> tuple[Model, dict[str, Tree]]:
     """Loads a Hugging Face checkpoint, its kernels packed if wanted; the other arguments are those of `load`.
 
     Args:
       quantise: how the kernels of the layers are packed, "int8" or "nf4" (see `quant`), or "none". Embeddings, norms,
         biases and the output layer are parameters in any case.
+      labels: 1 for a reward model. From a language model all but its output layer is loaded then, and the score is
+        drawn, float32 as it is to train. By default the checkpoint is what its config.json says.
+      key: draws the score: normal, of the deviation that config.json has for initializer_range, else 0.02.
 
     Returns:
       (model, variables): {"params": ...}, and "packed" where there is something packed.
 
     Raises:
-      ValueError: a kernel that `full_precision` names would be packed.
-      CheckpointError: as `load`.
+      ValueError: a kernel that `full_precision` names would be packed; a score to draw, and no key.
+      CheckpointError: as `load`; a model that cannot be a reward model.
 
     Example:
       >>> import jaxsft
       >>> model, variables = load_variables(jaxsft.BASE, quantise="nf4")
       >>> sorted(variables["packed"]["blocks"]["0-3"]["attn"]["q"])
       ['absmax', 'absmax_mean', 'absmax_scale', 'codes']
+      >>> model, variables = load_variables(jaxsft.BASE, labels=1, key=jax.random.key(0))
+      >>> variables["params"]["score"]["kernel"].shape
+      (192, 1)
     """
     folder = resolve(path)
-    family, config = read_config(folder)
+    family, config = read_config(folder, labels)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     reader = open_weights(folder)
     described = shapes(config, cut)
     leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
     packs = _packs(leaves, quantise)
     quant.check(full_precision, packs)
-    params, packed, wanted = {}, {}, set()
+    params, packed, wanted, drawn = {}, {}, set(), _drawn(folder, config)
     for path_, place in tree.flat(placed).items():
+        if path_ in drawn:
+            params[path_] = _draw(folder, leaves[path_].shape, key, place)
+            continue
         here, transposed = names.leaf_names(family, path_, leaves[path_].shape, reader.files)
         check(reader, here, leaves[path_].shape, transposed)
         wanted |= set(here.flat)
@@ -109,7 +121,7 @@ def load_variables(
         else:
             kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
             params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
-    spare = {copy for copy, _ in family.copies} if config.tied else set()
+    spare = {copy for copy, _ in family.copies} if config.tied or config.labels else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare if not names.unused(family, n)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
@@ -133,6 +145,7 @@ def abstract(
     remat: str = "none",
     lora_dropout: float = 0.0,
     quantise: str = "none",
+    labels: int | None = None,
 ) -> tuple[Model, Tree]:
     """What `load_variables` would give, as shapes with shardings: it reads config.json alone.
 
@@ -142,12 +155,15 @@ def abstract(
       >>> variables["packed"]["blocks"]["0-3"]["attn"]["q"]["codes"].dtype
       dtype('int8')
     """
-    family, config = read_config(resolve(path))
+    folder = resolve(path)
+    family, config = read_config(folder, labels)
     described = tree.flat(shapes(config, cut))
     packs = _packs(described, quantise)
     quant.check(full_precision, packs)
 
-    kind = lambda path: jnp.float32 if tree.matches(full_precision, f"params/{path}") else dtype
+    drawn = _drawn(folder, config)
+    full = lambda path: path in drawn or tree.matches(full_precision, f"params/{path}")
+    kind = lambda path: jnp.float32 if full(path) else dtype
     plain = {p: jax.ShapeDtypeStruct(x.shape, kind(p)) for p, x in described.items() if p not in packs}
     packed = {}
     for p in packs:
@@ -162,6 +178,18 @@ def abstract(
 @jax.jit
 def _finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
+
+
+def _drawn(folder: Path, config: ModelConfig) -> set[str]:
+    """What the checkpoint does not have of the model: the score, where a language model becomes a reward model."""
+    return {names.SCORE.path} if config.labels > read_config(folder)[1].labels else set()
+
+
+def _draw(folder: Path, shape: tuple[int, ...], key: Key | None, place: NamedSharding) -> jax.Array:
+    if key is None:
+        raise ValueError(f"{folder} has no score of a text, so labels=1 draws one; give a key, as jax.random.key(0)")
+    deviation = read_json(folder / "config.json").get("initializer_range") or 0.02
+    return jax.jit(lambda key: deviation * jax.random.normal(key, shape), out_shardings=place)(key)
 
 
 def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:

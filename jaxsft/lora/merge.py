@@ -99,7 +99,7 @@ def merge(variables: Mapping) -> Tree:
       Array([2., 2., 2.], dtype=float32)
     """
     params, found = tree.flat(variables["params"]), layers(variables.get("lora", {}))
-    if {"embed", "head"} & set(found) and "head/table" not in params and "head/kernel" not in params:
+    if {"embed", "head"} & set(found) and not {"head/table", "head/kernel", "score/kernel"} & set(params):
         params["head/table"] = params["embed/table"]
     merged = dict(params)
     for layer, leaves in found.items():

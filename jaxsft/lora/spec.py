@@ -94,8 +94,9 @@ def targets(params: Mapping, spec: LoRA) -> list[str]:
       ValueError: the pattern matches none, or a rank's or alpha's pattern none of those.
     """
     leaves = tree.flat(params)
-    layers = [p.removesuffix("/kernel") for p in leaves if p.endswith("/kernel")]
-    layers += ["embed", "head"] if "embed/table" in leaves else []
+    scores = "score/kernel" in leaves  # of a reward model: it trains whole, and there is no output layer
+    layers = [p.removesuffix("/kernel") for p in leaves if p.endswith("/kernel") and p != "score/kernel"]
+    layers += ["embed", "head"][: 1 if scores else 2] if "embed/table" in leaves else []
     pattern = ALL if spec.targets == "all" else spec.targets
     chosen = [layer for layer in layers if tree.matches(pattern, layer)]
     if not chosen:

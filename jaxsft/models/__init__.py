@@ -31,7 +31,8 @@ from jaxsft.models import (
 )
 from jaxsft.models.decoder import Cache, DecoderConfig, Model, logits, shares_prompts, span, split
 from jaxsft.models.encoder import EncoderConfig
-from jaxsft.models.family import Family, ModelConfig, Name
+from jaxsft.models.family import Family, ModelConfig, Name, with_labels
+from jaxsft.models.reward import last, scores
 
 FAMILIES: dict[str, Family] = {
     "bert": bert.FAMILY,
@@ -100,8 +101,11 @@ __all__ = [
     "Name",
     "build",
     "family_of",
+    "last",
     "logits",
+    "scores",
     "shares_prompts",
     "span",
     "split",
+    "with_labels",
 ]

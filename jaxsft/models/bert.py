@@ -42,6 +42,11 @@ def read_encoder(read: Reader, kind: str, *, padding: int | None = None) -> Enco
     """
     heads = {f"{kind}ForMaskedLM": True, f"{kind}ForPreTraining": True, f"{kind}Model": False}
     named = read("architectures", [f"{kind}Model"])
+    if classifiers := [name for name in named if name.endswith("ForSequenceClassification")]:
+        raise ValueError(
+            f"config.json names {classifiers[0]}; an encoder has no score of a text here, reward models are decoders, "
+            "such as llama"
+        )
     if unknown := sorted(set(named) - set(heads)):
         raise ValueError(f"config.json names the architecture {unknown[0]!r}; supported are {', '.join(heads)}")
     mlm, first = any(heads[name] for name in named), 0 if padding is None else padding + 1

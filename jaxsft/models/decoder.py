@@ -6,6 +6,7 @@ Parameters are a nested dict:
     blocks/0-7/attn/q/kernel    [8, D, N H]    the layers 0 to 7, stacked on the first axis
     norm/scale                  [D]
     head/table                  [V, D]         absent where it is tied to embed/table
+    score/kernel                [D, 1]         in the head's place, in a model that scores texts (`reward`)
 
 A key under `blocks` names the layers it stacks; layers of another make, such as those without a mixture of experts,
 have a stack of their own. `split` cuts a stack in two ("0-5" and "6-7"), and then the two parts
@@ -82,6 +83,7 @@ class DecoderConfig:
     learned_positions: bool = False  # a table added to the embeddings (GPT 2)
     sinks: bool = False  # every head has a score that takes weight and gives nothing (gpt-oss)
     moe: MoE | None = None
+    labels: int = 0  # 0 predicts tokens; 1 scores texts: a reward model, with `score` in the output layer's place
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -112,7 +114,7 @@ class Model(NamedTuple):
     init: Callable[[Key], Tree]  # key -> params
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None, reads=None)
     learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
-    output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features
+    output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features, or raises
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache)
     cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
 
@@ -275,7 +277,11 @@ def _init(config: DecoderConfig, key: Key) -> Tree:
     }
     if config.learned_positions:
         params["embed"]["positions"] = table(jax.random.fold_in(key_embed, 1), config.max_position)
-    return params if config.tied else {**params, "head": {"table": table(key_head)}}
+    if config.labels:
+        params["score"] = {"kernel": table(key_head, config.labels).T}
+    elif not config.tied:
+        params["head"] = {"table": table(key_head)}
+    return params
 
 
 def by_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
@@ -431,6 +437,11 @@ def build(
         return learn(*args, **more)[0]
 
     def output(variables):
+        if config.labels:
+            raise ValueError(
+                "this model scores whole texts and has no output layer, so it predicts no tokens; "
+                "choose a checkpoint whose config.json names a ...ForCausalLM among its architectures"
+            )
         params = variables["params"]
         tied = config.tied and "head" not in params  # an adapter may have parted the two
         return adapter.wide(params["embed" if tied else "head"]["table"], variables.get("lora", {}).get("head", {}))

@@ -55,6 +55,7 @@ class EncoderConfig:
     tied: ClassVar[bool] = True
     logit_scale: ClassVar[float] = 1.0
     logit_soft_cap: ClassVar[float | None] = None
+    labels: ClassVar[int] = 0
 
     def __post_init__(self):
         for activation in (self.activation, self.mlm_activation):

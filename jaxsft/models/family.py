@@ -42,6 +42,9 @@ def norm(here: str, there: str) -> tuple[Name, Name]:
     return Name(f"{here}/scale", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
 
 
+SCORE = Name("score/kernel", "score.weight", transposed=True)  # of every ...ForSequenceClassification over a decoder
+
+
 class Family(NamedTuple):
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     names: tuple[Name, ...]  # those that a config leaves out (biases, an untied head) are simply not in its tree
@@ -51,6 +54,7 @@ class Family(NamedTuple):
     copies: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     unused: tuple[str, ...] = ()  # patterns over names of tensors that nothing here computes with: copied as they are
     task: str | None = "CAUSAL_LM"  # PEFT's word for what the model does
+    classifier: str = ""  # transformers' class of reward models, where it has one
 
 
 # Bookkeeping, training-time and generation-time keys: none changes the logits of a loaded model.
@@ -146,6 +150,59 @@ def to_rope(scaling: dict[str, Any], theta: float, longest: int = 2048) -> Rope:
     return Rope(theta=float(theta), kind=kind, partial=float(partial), **scaling)
 
 
+def read_labels(read: Reader) -> int:
+    """Reads whether this is a model that scores texts: 1 if so, 0 for a language model.
+
+    Raises:
+      ValueError: a classifier of several labels.
+    """
+    classifiers = [name for name in read("architectures", []) if name.endswith("ForSequenceClassification")]
+    count, names = read("num_labels", None), read("id2label", {})
+    if not classifiers:
+        return 0
+    count = len(names) or (2 if count is None else count)  # what transformers means where neither is given
+    if count != 1:
+        raise ValueError(
+            f"config.json names {classifiers[0]} with {count} labels (num_labels, id2label); of classifiers only "
+            "reward models are supported, which have 1"
+        )
+    return 1
+
+
+def with_labels(family: Family, config: ModelConfig, labels: int | None) -> ModelConfig:
+    """The config of the same model with `labels` scores of a text in the place of its output layer.
+
+    Args:
+      family, config: of a checkpoint.
+      labels: 1 for a reward model, 0 for a language model, None for what the checkpoint is.
+
+    Raises:
+      ValueError: a model that cannot be that.
+
+    Example:
+      >>> from jaxsft.models import FAMILIES
+      >>> shape = DecoderConfig(32, 8, 16, 2, heads=2, kv_heads=1, head_dim=4, max_position=64, tied=True)
+      >>> made = with_labels(FAMILIES["llama"], shape, 1)
+      >>> made.labels, made.tied
+      (1, False)
+    """
+    labels = config.labels if labels is None else labels
+    if labels not in (0, 1):
+        raise ValueError(f"labels is {labels}; it must be 1, a reward model, or 0, a language model")
+    if config.labels and not labels:
+        raise ValueError("this model scores whole texts and has no output layer; choose a ...ForCausalLM")
+    if not labels:
+        return config
+    if isinstance(config, EncoderConfig):
+        raise ValueError("an encoder has no score of a text here; reward models are decoders, such as llama")
+    if not family.classifier:
+        raise ValueError(
+            "transformers has no ...ForSequenceClassification of this family, so that nothing could read a reward model"
+            " of it; choose another, such as llama or qwen3"
+        )
+    return config if config.labels else dataclasses.replace(config, labels=labels, tied=False)
+
+
 def read_types(read: Reader, default: list[str]) -> list[str]:
     """Reads what kind of attention each layer has: full_attention or sliding_attention.
 
@@ -160,7 +217,7 @@ def read_types(read: Reader, default: list[str]) -> list[str]:
 
 def read_shape(read: Reader, rope: Rope | None = None, *, tied: bool = False) -> DecoderConfig:
     """Reads the keys that every Llama-shaped config has; `rope` is given where a family reads its own."""
-    hidden, heads = read("hidden_size"), read("num_attention_heads")
+    hidden, heads, labels = read("hidden_size"), read("num_attention_heads"), read_labels(read)
     rope = read_rope(read) if rope is None else rope
     longest = read("max_position_embeddings", 2048)
     return DecoderConfig(
@@ -175,7 +232,8 @@ def read_shape(read: Reader, rope: Rope | None = None, *, tied: bool = False) ->
         rope=rope,
         norm_eps=read("rms_norm_eps", 1e-6),
         activation=read("hidden_act", "silu"),
-        tied=read("tie_word_embeddings", tied),
+        tied=read("tie_word_embeddings", tied) and not labels,
+        labels=labels,
     )
 
 

@@ -39,4 +39,4 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return shape
 
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="GemmaForSequenceClassification")

@@ -41,4 +41,4 @@ OTHER = {
 NAMES = tuple(name for name in LLAMA if name.path not in OTHER)
 NAMES += tuple(Name(path, f"model.layers.{{layer}}.{name}.weight") for path, name in OTHER.items())
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Gemma2ForSequenceClassification")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsft.models.decoder import DecoderConfig
-from jaxsft.models.family import Family, Name, Reader, dense, norm
+from jaxsft.models.family import SCORE, Family, Name, Reader, dense, norm, read_labels
 from jaxsft.models.llama import RULES
 from jaxsft.models.rope import Rope
 
@@ -16,7 +16,7 @@ LAYER = "transformer.h.{layer}"
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     read = Reader(config)
-    hidden, heads = read("n_embd", 768), read("n_head", 12)
+    hidden, heads, labels = read("n_embd", 768), read("n_head", 12), read_labels(read)
     shape = DecoderConfig(
         vocab_size=read("vocab_size", 50257),
         hidden=hidden,
@@ -29,7 +29,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         rope=Rope(kind="none"),
         norm_eps=read("layer_norm_epsilon", 1e-5),
         activation=read("activation_function", "gelu_new"),
-        tied=read("tie_word_embeddings", True),
+        tied=read("tie_word_embeddings", True) and not labels,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
@@ -38,6 +38,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         gated=False,
         fused=True,
         learned_positions=True,
+        labels=labels,
     )
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         read.expect(key, False)
@@ -59,7 +60,10 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/mlp/down", f"{LAYER}.mlp.c_proj", transposed=False),
     *norm("norm", "transformer.ln_f"),
     Name("head/table", "lm_head.weight"),
+    SCORE,
 )
 
 TIED = ("lm_head.weight", "transformer.wte.weight")
-FAMILY = Family(read_config, NAMES, RULES, prefix="transformer.", copies=(TIED,))
+FAMILY = Family(
+    read_config, NAMES, RULES, prefix="transformer.", copies=(TIED,), classifier="GPT2ForSequenceClassification"
+)

@@ -63,4 +63,4 @@ NAMES: tuple[Name, ...] = (
 )
 RULES: Rules = (*MOE_RULES, ("blocks/[^/]+/attn/sinks", P(None, None)))
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="GptOssForSequenceClassification")

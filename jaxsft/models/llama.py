@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jaxsft.models.decoder import DecoderConfig
-from jaxsft.models.family import Family, Name, Reader, Rules, dense, read_shape
+from jaxsft.models.family import SCORE, Family, Name, Reader, Rules, dense, read_shape
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -38,6 +38,7 @@ NAMES: tuple[Name, ...] = (
     Name("blocks/mlp_norm/scale", f"{LAYER}.post_attention_layernorm.weight"),
     Name("norm/scale", "model.norm.weight"),
     Name("head/table", "lm_head.weight"),
+    SCORE,
 )
 
 # The first axis of a stacked leaf is the layer. `tensor` cuts heads and the hidden units of the MLP, `fsdp` the rest.
@@ -50,6 +51,7 @@ RULES: Rules = (
     ("blocks/[^/]+/(attn/[qk]_norm|(attn|mlp)(_post)?_norm)/(scale|bias)", P(None, None)),
     ("norm/(scale|bias)", P(None)),
     ("embed/positions", P(None, "fsdp")),
+    ("score/kernel", P("fsdp", None)),
 )
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="LlamaForSequenceClassification")

@@ -52,4 +52,4 @@ RULES: Rules = (
     ("blocks/[^/]+/moe/shared/down/kernel", P(None, "tensor", "fsdp")),
 )
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="MixtralForSequenceClassification")

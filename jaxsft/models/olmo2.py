@@ -22,4 +22,4 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return dataclasses.replace(shape, qkv_bias=bias, out_bias=bias, **how)
 
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Olmo2ForSequenceClassification")

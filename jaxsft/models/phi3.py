@@ -46,4 +46,4 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/mlp/gate_up", f"{LAYER}.mlp.gate_up_proj"),
 )
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Phi3ForSequenceClassification")

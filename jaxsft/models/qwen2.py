@@ -31,4 +31,4 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(dataclasses.replace(shape, qkv_bias=True), windows)
 
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen2ForSequenceClassification")

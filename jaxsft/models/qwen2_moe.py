@@ -59,4 +59,4 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/moe/shared_gate", f"{LAYER}.mlp.shared_expert_gate"),
 )
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen2MoeForSequenceClassification")

@@ -24,4 +24,4 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, windows)
 
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen3ForSequenceClassification")

@@ -26,4 +26,4 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, [window] * shape.layers)
 
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen3MoeForSequenceClassification")

@@ -100,6 +100,48 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
         assert (head in found) == (more if encodes else not more)
 
 
+rewarding = pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in (*ENCODERS, "granite")])
+JUDGE = {"architectures": ["SomeForSequenceClassification"], "num_labels": 1}
+
+
+@rewarding
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_has_a_score_in_the_output_layers_place_named_and_placed(kind, tied):
+    config, rules = config_of(kind, tie_word_embeddings=tied, **JUDGE), FAMILIES[kind].rules
+    shapes = hub.shapes(config)
+    plain, judge = tree.flat(hub.shapes(config_of(kind, tie_word_embeddings=tied))), tree.flat(shapes)
+    assert (config.labels, config.tied) == (1, False)
+    assert {p: x.shape for p, x in judge.items()} == {p: x.shape for p, x in plain.items() if p != "head/table"} | {
+        "score/kernel": (32, 1)
+    }
+    placed = tree.flat(sharding.shardings(shapes, rules, sharding.mesh(2, 2, 2)))
+    assert placed.keys() == judge.keys()
+    assert placed["score/kernel"].spec == jax.P("fsdp", None)
+    for path, leaf in judge.items():
+        names.leaf_names(FAMILIES[kind], path, leaf.shape)
+    here, transposed = names.leaf_names(FAMILIES[kind], "score/kernel", (32, 1))
+    assert (here.item(), transposed) == ("score.weight", True)
+    assert FAMILIES[kind].classifier.endswith("ForSequenceClassification")
+    model, tokens = models.build(config), jax.ShapeDtypeStruct((2, 12), jnp.int32)
+    assert jax.eval_shape(model.features, {"params": shapes}, tokens).shape == (2, 12, 32)
+    with pytest.raises(ValueError, match="scores whole texts and has no output layer, so it predicts no tokens"):
+        model.output({"params": shapes})
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("granite", "transformers has no ...ForSequenceClassification of this family"),
+    ("bert", "an encoder has no score of a text"),
+    ("roberta", "an encoder has no score of a text"),
+])  # fmt: skip
+def test_families_that_cannot_score_say_so(kind, message):
+    with pytest.raises(ValueError, match=message):
+        models.with_labels(FAMILIES[kind], config_of(kind, **({} if kind in ENCODERS else JUDGE)), 1)
+    if kind in ENCODERS:
+        name = f"{ENCODERS[kind]}ForSequenceClassification"
+        with pytest.raises(ValueError, match=f"config.json names {name}; an encoder has no score of a text here"):
+            FAMILIES[kind].read_config({"model_type": kind, **ENCODER, "architectures": [name]})
+
+
 @compiled
 def test_every_adapter_leaf_is_placed_and_gets_a_gradient(kind, built):
     model, params = built(kind)

@@ -49,6 +49,14 @@ def test_merging_folds_every_kind_in(kind):
         assert np.array_equal(leaf, tree.flat(merged)[path]) == (path not in changed)
 
 
+def test_merging_an_adapted_embedding_makes_no_output_layer_for_a_reward_model():
+    params = {**base(tied=True), "score": {"kernel": np.ones((64, 1), np.float32)}}
+    adapter = filled(LoRA(rank=2, targets="embed"), params=params)
+    merged = lora.merge({"params": params, "lora": adapter})
+    assert tree.flat(merged).keys() == tree.flat(params).keys()
+    assert np.abs(merged["embed"]["table"] - params["embed"]["table"]).max() > 0.1
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_merging_adds_in_float32_and_casts_once(dtype):
     params, adapter = base(dtype), filled(LoRA(rank=4, alpha=6.0))

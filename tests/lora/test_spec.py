@@ -37,6 +37,13 @@ def test_targets_choose_layers_by_address_a_tied_output_layer_too(targets, chose
     assert set(lora.targets(base(tied=tied), LoRA(targets=targets))) == chosen
 
 
+def test_a_score_trains_whole_and_takes_no_adapter():
+    params = {**base(tied=True), "score": {"kernel": np.zeros((8, 1), np.float32)}}
+    assert lora.targets(params, LoRA(targets=".*")) == [Q, DOWN, "embed"]
+    with pytest.raises(ValueError, match="targets 'score|head' matches no layer; there are blocks/0-2/attn/q"):
+        lora.targets(params, LoRA(targets="score|head"))
+
+
 def test_targets_that_match_nothing_are_refused_with_what_there_is():
     with pytest.raises(ValueError, match=r"targets 'q_proj' matches no layer; there are blocks/0-2/attn/q, .*head"):
         lora.targets(base(), LoRA(targets="q_proj"))

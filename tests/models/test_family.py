@@ -288,7 +288,43 @@ def test_every_familys_names_are_distinct_and_stacked_where_they_have_a_layer(fa
     for name in names:
         assert name.path.startswith("blocks/") == ("{layer}" in name.hf)
         as_here = family == "gpt2" or (family == "gpt_oss" and "/experts/" in name.path)
+        as_here &= name.path != "score/kernel"  # a torch Linear everywhere
         assert name.transposed == (name.path.endswith("/kernel") and not as_here)
+
+
+JUDGE = ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("said", [
+    {"num_labels": 1},
+    {"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
+    {"id2label": {"0": "LABEL_0"}, "num_labels": 1},
+])  # fmt: skip
+def test_a_classifier_of_one_label_is_a_reward_model(family, said):
+    assert read(family, architectures=JUDGE, **said).labels == 1
+    assert read(family, **said).labels == 0  # as a language model says too
+
+
+@pytest.mark.parametrize(("said", "count"), [
+    ({}, 2),  # what transformers means by nothing
+    ({"num_labels": 3}, 3),
+    ({"id2label": {"0": "bad", "1": "good"}}, 2),
+    ({"id2label": {"0": "bad", "1": "good"}, "num_labels": 1}, 2),
+])  # fmt: skip
+def test_a_classifier_of_several_labels_is_refused_by_name(family, said, count):
+    with pytest.raises(ValueError, match=f"names LlamaForSequenceClassification with {count} labels .*only reward mod"):
+        read(family, architectures=JUDGE, **said)
+
+
+def test_a_model_may_lose_its_output_layer_and_not_gain_one():
+    llama, judge = FAMILIES["llama"], read("llama", architectures=JUDGE, num_labels=1)
+    plain = read("llama", tie_word_embeddings=True)
+    assert models.with_labels(llama, plain, 1) == judge == models.with_labels(llama, judge, None)
+    assert models.with_labels(llama, plain, None) == plain == models.with_labels(llama, plain, 0)
+    with pytest.raises(ValueError, match="has no output layer; choose a ...ForCausalLM"):
+        models.with_labels(llama, judge, 0)
+    with pytest.raises(ValueError, match="labels is 3; it must be 1, a reward model, or 0, a language model"):
+        models.with_labels(llama, plain, 3)
 
 
 def test_the_registry_is_what_the_models_module_lists():

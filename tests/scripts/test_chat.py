@@ -56,6 +56,20 @@ def test_an_adapter_can_be_asked_on_packed_kernels(run_here, capsys, tmp_path, m
         np.testing.assert_array_equal(tree.flat(variables)[path], x)
 
 
+def test_a_reward_model_and_its_adapter_do_not_talk(run_here, tmp_path):
+    (family, shape), spec = hub.read_config(hub.resolve(jaxsft.BASE)), lora.LoRA(rank=2)
+    trained = {"score": {"kernel": np.ones((192, 1), np.float32)}}
+    adapter = lora.init(jax.random.key(0), hub.shapes(shape), spec)
+    hub.export_adapter(str(tmp_path / "low"), adapter, spec, family=family, base=jaxsft.BASE, trained=trained)
+    with pytest.raises(RunError, match="is the adapter of a reward model, which scores texts and writes none"):
+        run_here("chat", "--model", jaxsft.BASE, "--adapter", str(tmp_path / "low"), "--ask", "Hi")
+    hub.merge(jaxsft.BASE, str(tmp_path / "judge"), trained=trained)
+    with pytest.raises(
+        ValueError, match="this model scores whole texts and has no output layer, so it predicts no tok"
+    ):
+        run_here("chat", "--model", str(tmp_path / "judge"), "--ask", "Hi")
+
+
 def test_a_conversation_remembers_until_it_is_told_to_forget(run_here, capsys, monkeypatch, answer):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd then?\n/new\nAnd then?\n\nnever read\n"))
     run_here("chat", "--model", jaxsft.BASE, "--sample.max_new_tokens", "6")

@@ -76,6 +76,18 @@ def test_a_checkpoint_has_no_weights(run_here, tmp_path):
         run_here("merge", "--checkpoint", str(tmp_path), "--weights", "[1.0]", "--out", str(tmp_path / "out"))
 
 
+def test_the_adapter_of_a_reward_model_merges_into_one(run_here, small, tmp_path):
+    (family, _), params, spec = hub.read_config(hub.resolve(small)), hub.on_disk(small), lora.LoRA(rank=2)
+    low, kernel = lora.init(jax.random.key(0), params, spec), np.full((32, 1), 0.5, np.float32)
+    given = {"trained": {"score": {"kernel": kernel}}, "family": family, "base": small}
+    hub.export_adapter(str(tmp_path / "adapter"), low, spec, **given)
+    run_here("merge", "--base", small, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged"))
+    model, merged = hub.load(str(tmp_path / "merged"))
+    assert model.config.labels == 1
+    np.testing.assert_array_equal(merged["score"]["kernel"], kernel)
+    assert hub.load_tokenizer(str(tmp_path / "merged")).pad_token_id == 0
+
+
 def test_a_norm_that_trained_beside_an_adapter_is_merged_with_it(run_here, small, folders, tmp_path):
     run_here("merge", "--base", small, "--adapter", folders["norm"][0], "--out", str(tmp_path))
     np.testing.assert_array_equal(hub.on_disk(str(tmp_path))["norm"]["scale"], np.full(32, 2))

@@ -405,6 +405,15 @@ def test_a_run_over_packed_kernels_resumes_exactly(spawn, small, rows, tmp_path)
     same_as(tmp_path / "whole", tmp_path / "resumed")
 
 
+def test_a_reward_model_is_not_taught_to_answer(run_here, small, rows, tmp_path):
+    kernel = np.ones((32, 1), np.float32)
+    hub.merge(small, str(tmp_path / "judge"), trained={"score": {"kernel": kernel}})
+    args = arguments(str(tmp_path / "judge"), rows, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"scores whole texts: config.json's architectures name a ...ForSequenceClass"):
+        run_here("sft", *args)
+    assert not (tmp_path / "run").exists()
+
+
 def test_full_tuning_of_packed_kernels_is_refused(run_here, small, rows, tmp_path):
     args = arguments(small, rows, tmp_path / "run", model__quantise="int8", tuning__method="full")
     with pytest.raises(ValueError, match=r"attn/k/kernel is to train, but model.quantise packs it.*tuning.method lora"):

@@ -10,7 +10,7 @@ from jaxsft import tree
 from jaxsft.hub import names
 from jaxsft.hub.files import CheckpointError
 from jaxsft.hub.merge import fetch
-from jaxsft.hub.names import Address
+from jaxsft.hub.names import SCORE, Address
 from jaxsft.hub.peft.names import EMBED, FULL, HEAD
 from jaxsft.models import Family
 
@@ -26,7 +26,7 @@ class Base:
             for address, (_, index) in names.by_address(family, tree.nest({path: leaf})).items():
                 self.where[address] = (path, index)
                 self.rows.setdefault(path, []).append(address)
-        self.tied = HEAD not in self.where and EMBED in self.where
+        self.tied = EMBED in self.where and not {HEAD, SCORE} & set(self.where)
         if self.tied:
             self.where[HEAD], self.rows[HEAD.path] = (HEAD.path, ()), [HEAD]
 

@@ -17,14 +17,14 @@ from jaxsft.lora import LoRA
 
 READ = frozenset(
     "alpha_pattern bias ensure_weight_tying init_lora_weights lora_alpha lora_dropout modules_to_save peft_type r "
-    "rank_pattern target_modules use_dora use_rslora".split()
+    "rank_pattern target_modules task_type use_dora use_rslora".split()
 )
 # How the adapter was made, found its layers or is run; what it computes does not depend on these. PEFT itself sets
 # fan_in_fan_out right for each layer.
 NEUTRAL = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode "
     "layers_pattern layers_to_transform loftq_config lora_ga_config megatron_config megatron_core peft_version "
-    "qalora_group_size revision runtime_config task_type".split()
+    "qalora_group_size revision runtime_config".split()
 )
 PLAIN = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # starts that leave the base as it is
 CONVERT = "PEFT's save_pretrained makes a plain one of it with path_initial_model_for_weight_conversion"
@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     alphas: Mapping[str, float]
     saved: tuple[str, ...]  # ends of the names of modules that replace the base's
     tied: bool  # the output layer goes with the embedding where that was trained
+    task: str | None  # PEFT's word for what the model does
 
     def of(self, module: str) -> LoRA:
         """Rank and alpha of one of PEFT's modules, as a shape of its own."""
@@ -88,7 +89,7 @@ def read_settings(folder: Path) -> Settings:
     )
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     saved, tied = tuple(config.get("modules_to_save") or ()), bool(config.get("ensure_weight_tying", False))
-    return Settings(spec, ranks, alphas, saved, tied)
+    return Settings(spec, ranks, alphas, saved, tied, config.get("task_type"))
 
 
 def to_config(

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxsft import lora, tree
 from jaxsft.hub import names
 from jaxsft.hub.files import CheckpointError, Reader
-from jaxsft.hub.names import Address
+from jaxsft.hub.names import SCORE, Address
 from jaxsft.hub.peft.base import Base
 from jaxsft.hub.peft.config import CONVERT, Settings, read_settings
 from jaxsft.hub.peft.names import (
@@ -25,9 +26,10 @@ from jaxsft.hub.peft.names import (
     PARTS,
     PICKLE,
     PREFIX,
+    SCORES,
 )
 from jaxsft.lora import Adapter
-from jaxsft.models import DecoderConfig, Family, ModelConfig
+from jaxsft.models import DecoderConfig, Family, ModelConfig, with_labels
 from jaxsft.tree import Tree
 
 
@@ -52,7 +54,8 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelCon
 
     Returns:
       lora, for `variables["lora"]`; spec; params, weights that replace the base's (modules_to_save). The leaves are
-      numpy arrays. Where PEFT parted a tied output layer from its embedding, params has a `head/table`.
+      numpy arrays. Where PEFT parted a tied output layer from its embedding, params has a `head/table`; of a reward
+      model's adapter (task_type SEQ_CLS) it has the `score/kernel`, though the base may be a language model.
 
     Raises:
       CheckpointError: an unsupported setting, a tensor of an unknown name, or one that fits no kernel of the base.
@@ -77,6 +80,10 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelCon
             f"{folder} has {PICKLE}, a pickle, which runs what it holds; load it in PEFT and let save_pretrained write "
             f"{FILE}"
         )
+    if settings.task == SCORES:
+        config = _scoring(folder, family, config)
+        if "score" not in params:
+            params = {**params, "score": {"kernel": jax.ShapeDtypeStruct((config.hidden, config.labels), FULL)}}
     base, reader = Base(params, folder, family), Reader(folder, FILE)
     modules = {match[1] for name in reader.files if (match := NAME.fullmatch(name.removeprefix(PREFIX)))}
     # An adapter of the output layer is none of the embedding, tied or not.
@@ -91,6 +98,13 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelCon
         saved[HEAD] = base.value(EMBED, "for the output layer that it was tied to")
     saved = {address: x for address, x in parts.copies.items() if base.differs(address, x)} | saved
     return Adapter(_stack(parts, settings, base), settings.spec, _replace(saved, base))
+
+
+def _scoring(folder: Path, family: Family, config: ModelConfig) -> ModelConfig:
+    try:
+        return with_labels(family, config, 1)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} has task_type {SCORES}, a reward model: {error}") from error
 
 
 def _read(reader: Reader, known: Mapping[str, names.Place], settings: Settings, base: Base) -> Parts:
@@ -128,6 +142,8 @@ def _fits(part: str, address: Address) -> bool:
     """Whether PEFT has such a tensor for a weight: other names for embeddings, whole tables along with the adapted."""
     if part == "base_layer.weight":
         return address in (EMBED, HEAD)
+    if address == SCORE:
+        return part == "weight"
     return part not in PARTS or part in (EMBEDDING if address == EMBED else LINEAR).values()
 
 
@@ -151,6 +167,11 @@ def _complain(file: Path, parts: Parts, known: Mapping, settings: Settings, base
             raise CheckpointError(
                 f"{file} lacks {name!r}, which {CONFIG} counts among modules_to_save; export it again"
             )
+    if settings.task == SCORES and SCORE not in parts.saved:
+        raise CheckpointError(
+            f"{file} lacks the score, though {CONFIG} has task_type {SCORES}; export it again with modules_to_save "
+            "[score]"
+        )
     tables = [parts.saved[address] for address in (EMBED, HEAD) if address in parts.saved]
     if base.tied and settings.tied and tables and (len(tables) == 1 or (tables[0] != tables[1]).any()):
         raise CheckpointError(f"{file} has two tables, though {CONFIG} sets ensure_weight_tying; export it again")

@@ -14,4 +14,5 @@ PARTS = {name: part for kind in (LINEAR, EMBEDDING) for part, name in kind.items
 # <module>.<what it is>
 NAME = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))}|(?:base_layer\.)?(?:weight|bias))")
 EMBED, HEAD = Address("embed/table", None), Address("head/table", None)
+SCORES = "SEQ_CLS"  # the task of a reward model, whose score PEFT saves whole
 FULL = np.dtype("float32")

@@ -11,8 +11,9 @@ from jaxsft.hub import names
 from jaxsft.hub.disk import on_disk
 from jaxsft.hub.files import CheckpointError, Reader, Tensor, resolve, write, write_json
 from jaxsft.hub.merge import fetch
+from jaxsft.hub.names import SCORE
 from jaxsft.hub.peft.config import to_config
-from jaxsft.hub.peft.names import CONFIG, EMBED, EMBEDDING, FILE, FULL, HEAD, LINEAR, PREFIX
+from jaxsft.hub.peft.names import CONFIG, EMBED, EMBEDDING, FILE, FULL, HEAD, LINEAR, PREFIX, SCORES
 from jaxsft.hub.source import read_config
 from jaxsft.lora import LoRA
 from jaxsft.models import EncoderConfig, Family, ModelConfig
@@ -36,8 +37,10 @@ def export_adapter(
       spec: its dropout and rslora.
       family: of the base, for the names.
       base: the base's folder or hub name, written into the config.
-      trained: parameters of the base that trained beside the adapter.
-      config: the base's; an encoder without a head needs it, as transformers' modules then lack the family's prefix.
+      trained: parameters of the base that trained beside the adapter. A score makes it the adapter of a reward model,
+        PEFT's task SEQ_CLS.
+      config: the base's; an encoder without a head needs it, as transformers' modules then lack the family's prefix,
+        and a reward model whose score did not train: PEFT wants it all the same, and it is taken from the base.
 
     Raises:
       CheckpointError: an adapter of zeros alone, or of experts that lie in one tensor; a weight that trained beside its
@@ -78,19 +81,33 @@ def export_adapter(
     if len(kinds) > 1:
         raise CheckpointError("some layers of the adapter are DoRA and some are not, which PEFT cannot hold; merge it")
     tensors = [Tensor(name, x.shape, FULL, lambda x=x: x) for name, x in arrays.items()]
-    saved, keys = _saved(trained or {}, sizes, family, base, bare)
+    scores = "score" in (trained or {}) or (config is not None and config.labels > 0)
+    if scores and not family.classifier:
+        raise CheckpointError("transformers has no reward model of this family, so PEFT could not load its adapter")
+    whole = _with_score(trained or {}, base) if scores else trained or {}
+    saved, keys = _saved(whole, sizes, family, base, bare)
     folder = Path(path)
     files = write(folder, [*tensors, *saved], shard_gb=float("inf"), single=FILE)
     if jax.process_index() == 0:
         keys |= {"use_dora": True in kinds, "fan_in_fan_out": not turned}
-        write_json(folder / CONFIG, to_config(sizes, spec, base=base, task=family.task, **keys))
+        write_json(folder / CONFIG, to_config(sizes, spec, base=base, task=SCORES if scores else family.task, **keys))
     return files
+
+
+def _with_score(trained: Mapping, base: str) -> Mapping:
+    """What trained, and the base's own score where that did not."""
+    if "score" in trained:
+        return trained
+    params = on_disk(base)
+    if "score" not in params:
+        raise CheckpointError(f"neither what trained nor {base} has a score; give it among `trained`")
+    return {**trained, "score": params["score"]}
 
 
 def _saved(trained: Mapping, adapted: Mapping, family: Family, base: str, bare: str) -> tuple[list[Tensor], dict]:
     """The tensors of what trained beside an adapter, and the keys that say so: modules_to_save, bias."""
     new, tied = names.by_address(family, trained), False
-    if EMBED in new and read_config(resolve(base))[1].tied:
+    if EMBED in new and SCORE not in new and read_config(resolve(base))[1].tied:
         if tied := HEAD not in new:
             new[HEAD] = new[EMBED]  # PEFT keeps both, and the key to tie them
         elif np.array_equal(fetch(*new[HEAD], transposed=False, dtype=FULL), on_disk(base)["embed"]["table"]):

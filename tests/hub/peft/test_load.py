@@ -267,6 +267,55 @@ def test_saved_modules_come_back_as_whole_leaves(folder, params, weights, config
         load(folder, params, config)
 
 
+WEIGHT = np.arange(32, dtype=np.float32)[None]
+# As PEFT writes them, as TRL has them written, and as ours are.
+JUDGES = [["classifier", "score"], ["score", "classifier", "score"], ["score"]]
+
+
+@pytest.mark.parametrize("modules", JUDGES)
+def test_the_adapter_of_a_reward_model_brings_its_score_over_either_base(folder, adapter, params, config, modules):
+    save(folder, {"task_type": "SEQ_CLS", "modules_to_save": modules}, **{"score.weight": WEIGHT})
+    judge = {name: part for name, part in params.items() if name != "head"}
+    judge |= {"score": {"kernel": jax.ShapeDtypeStruct((32, 1), np.float32)}}
+    for base, shape in ((params, config), (judge, config), (judge, models.with_labels(FAMILY, config, 1))):
+        found = load(folder, base, shape)
+        same(found.lora, adapter)
+        same(found.params, {"score": {"kernel": WEIGHT.T}})
+
+
+def test_a_tied_output_layer_does_not_follow_the_embedding_where_there_is_a_score(tied, adapter, tmp_path):
+    table, (family, config) = np.ones((96, 32), np.float32), hub.read_config(tied)
+    hub.export_adapter(
+        str(tmp_path), adapter, SPEC, family=family, base=str(tied), trained={"score": {"kernel": WEIGHT.T}}
+    )
+    save(tmp_path, {"modules_to_save": ["embed_tokens", "score"]}, **{"model.embed_tokens.weight": table})
+    same(load(tmp_path, hub.on_disk(str(tied)), config).params, {"embed/table": table, "score/kernel": WEIGHT.T})
+
+
+@pytest.mark.parametrize(("keys", "tensors", "message"), [
+    ({"task_type": "SEQ_CLS"}, {}, "lacks the score, though adapter_config.json has task_type SEQ_CLS"),
+    ({"task_type": "SEQ_CLS", "modules_to_save": ["score"]}, {}, "lacks 'score.weight', which .* modules_to_save"),
+    ({"task_type": "SEQ_CLS"}, {"score.weight": np.ones((2, 32), np.float32)}, r"\(2, 32\); \(1, 32\) was expected"),
+    ({"task_type": "SEQ_CLS"}, {"score.lora_A.weight": np.ones((3, 32), np.float32)}, "'.*score.lora_A.weight', which"),
+    ({"task_type": "TOKEN_CLS"}, {"score.weight": WEIGHT}, "'.*score.weight', which fits no kernel of the base"),
+    ({"task_type": None}, {"score.weight": WEIGHT}, "'.*score.weight', which fits no kernel of the base"),
+])  # fmt: skip
+def test_an_adapter_whose_score_is_wrong_or_nobodys_is_refused(folder, params, config, keys, tensors, message):
+    save(folder, keys, **tensors)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, params, config)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("granite", "transformers has no"), ("bert", "an encoder has no score")]
+)
+def test_a_reward_models_adapter_over_what_cannot_be_one_is_refused(tiny, folder, family, message):
+    save(folder, {"task_type": "SEQ_CLS"})
+    known, config = hub.read_config(tiny(family, num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match=f"task_type SEQ_CLS, a reward model: {message}"):
+        hub.load_adapter(str(folder), hub.shapes(config), family=known, config=config)
+
+
 def test_a_saved_kernel_is_turned_and_one_that_is_missing_is_refused(folder, weights, config):
     kernel = np.arange(4 * 16 * 32, dtype=np.float32).reshape(4, 16, 32)
     names = {f"model.layers.{i}.self_attn.k_proj.weight": kernel[i] for i in range(4)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxsft import hub, lora, tree
+from jaxsft import hub, lora, models, tree
 from jaxsft.hub import CheckpointError
 from jaxsft.hub.peft.names import CONFIG, FILE
 from jaxsft.lora import LoRA
@@ -144,6 +144,41 @@ def test_a_tied_table_is_saved_twice_with_the_key_that_ties_it(tied, adapter, tm
     tensors, config = export(tmp_path / "parted", adapter, SPEC, tied, trained=both)
     assert "ensure_weight_tying" not in config
     assert f"{PREFIX}lm_head.weight" not in tensors
+
+
+SCORE = {"score": {"kernel": np.arange(32, dtype=np.float32)[:, None]}}
+
+
+def test_a_score_makes_it_the_adapter_of_a_reward_model(adapter, params, tied, tmp_path):
+    tensors, config = export(tmp_path / "plain", adapter, SPEC, trained=SCORE)  # the base need not be at hand
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    np.testing.assert_array_equal(tensors[f"{PREFIX}score.weight"], SCORE["score"]["kernel"].T)
+    # A tied table has no second name where there is no output layer.
+    table = 2 * np.asarray(hub.on_disk(str(tied))["embed"]["table"])
+    tensors, config = export(tmp_path / "table", adapter, SPEC, tied, trained={"embed": {"table": table}, **SCORE})
+    assert config["modules_to_save"] == ["model.embed_tokens", "score"]
+    assert "ensure_weight_tying" not in config
+    assert {name.removeprefix(PREFIX) for name in tensors if "lora_" not in name} == {
+        "model.embed_tokens.weight",
+        "score.weight",
+    }
+
+
+def test_a_score_that_rested_is_the_bases(base, adapter, config, tmp_path):
+    kernel = SCORE["score"]["kernel"]
+    hub.merge(str(base), str(tmp_path / "judge"), trained=SCORE)
+    judge = hub.read_config(tmp_path / "judge")[1]
+    tensors, said = export(tmp_path / "adapter", adapter, SPEC, tmp_path / "judge", config=judge)
+    assert (said["task_type"], said["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    np.testing.assert_array_equal(tensors[f"{PREFIX}score.weight"], kernel.T)
+    with pytest.raises(CheckpointError, match="neither what trained nor .* has a score; give it among `trained`"):
+        export(tmp_path / "not", adapter, SPEC, base, config=judge)
+
+
+def test_a_family_without_a_reward_model_in_transformers_has_no_adapter_of_one(adapter, tmp_path):
+    granite = models.FAMILIES["granite"]
+    with pytest.raises(CheckpointError, match="transformers has no reward model of this family, so PEFT could not"):
+        hub.export_adapter(str(tmp_path), adapter, SPEC, family=granite, base="org/base", trained=SCORE)
 
 
 def test_what_peft_cannot_hold_is_refused(params, weights, adapter, tmp_path):
