@@ -1,7 +1,7 @@
 """Losses: pure functions of arrays, one paper a file. They know neither models nor parameter trees."""
 
 from jaxsft.losses.divergence import DIVERGENCES
-from jaxsft.losses.kto import UNPAIRED, ScoredAnswers, apo_zero_unpaired, bco, bco_shift, kto, kto_kl
+from jaxsft.losses.kto import UNPAIRED, ScoredAnswers, apo_zero_unpaired, bco, bco_shift, kto, kto_kl, unpaired
 from jaxsft.losses.logprobs import CHUNK, CHUNK_CPU, logprobs, shift
 from jaxsft.losses.masked import mask_tokens
 from jaxsft.losses.preference import COUNTED, COUPLED, PREFERENCE, WITHOUT_REFERENCE, weighted
@@ -33,6 +33,7 @@ __all__ = [
     "mask_tokens",
     "sft",
     "shift",
+    "unpaired",
     "weighted",
     "wpo",
 ]

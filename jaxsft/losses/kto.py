@@ -5,8 +5,10 @@ the KL divergence of policy and reference, BCO's the mean reward, APO's is 0. Th
 have no gradient; `kto_kl` and `bco_shift` make them, before a step is cut into microbatches.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +131,44 @@ def bco_shift(answers: ScoredAnswers, beta: float = 0.1) -> Float[Array, ""]:
       2.0
     """
     return jax.lax.stop_gradient(_mean(_reward(answers, beta), answers.exists))
+
+
+class Unpaired(NamedTuple):
+    """A loss of single answers in two parts, since what all answers of a step share is found before it is cut."""
+
+    point: Callable[
+        ..., dict[str, Float[Array, ""]]
+    ]  # (answers, policy, reference) -> what `loss` takes beside answers
+    loss: Callable[..., Losses]  # (answers, **point)
+
+
+def unpaired(name: str, **options: Any) -> Unpaired:
+    """A loss of UNPAIRED with its options, and the point of reference that it looks at rewards from.
+
+    Args:
+      name: of the loss.
+      options: beta, desirable_weight, ..., of the loss.
+
+    Raises:
+      ValueError: no such loss; an option that it does not take.
+
+    Example:
+      >>> zeros, exists = jnp.zeros(2), jnp.ones(2, bool)
+      >>> unpaired("kto", beta=0.2).point(ScoredAnswers(zeros, zeros, exists, exists), zeros + 3, zeros)["kl"].item()
+      3.0
+    """
+    if name not in UNPAIRED:
+        raise ValueError(f"there is no loss of single answers {name!r}; there are {', '.join(UNPAIRED)}")
+    taken = set(inspect.signature(UNPAIRED[name]).parameters) - {"answers", "kl", "delta"}
+    if stray := sorted(set(options) - taken):
+        raise ValueError(f"{name} takes no {', '.join(stray)}; there are {', '.join(sorted(taken))}")
+    beta = {"beta": options["beta"]} if "beta" in options else {}
+    points = {
+        "kto": lambda answers, policy, reference: {"kl": kto_kl(policy, reference, answers.exists)},
+        "apo_zero_unpaired": lambda answers, policy, reference: {},
+        "bco": lambda answers, policy, reference: {"delta": bco_shift(answers, **beta)},
+    }
+    return Unpaired(points[name], functools.partial(UNPAIRED[name], **options))
 
 
 UNPAIRED: dict[str, Callable[..., Losses]] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}

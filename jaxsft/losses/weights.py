@@ -12,23 +12,22 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsft.losses.logprobs import Head, chunks, compact, scores
 
 
-def wpo(logprobs: Float[Array, "N T"], collisions: Float[Array, "N T"], mask: Bool[Array, "N T"]) -> Float[Array, "N"]:
+def wpo(logprobs: Float[Array, "*N"], collisions: Float[Array, "*N"], count: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """An answer's weight, exp(mean_t(lp_t - log sum_v p_v^2)), without gradient; a pair's is that of both multiplied.
 
     Args:
-      logprobs: of the answer's tokens under the policy.
-      collisions: from `collision`.
-      mask: which tokens are the answer's; a row without any has weight 1.
+      logprobs: of answers under the policy, summed over their tokens.
+      collisions: from `collision`, summed likewise.
+      count: tokens of each answer; one without any has weight 1.
 
     Example:
-      >>> half = jnp.log(jnp.full((1, 2), 0.5))
-      >>> wpo(half, half, jnp.ones((1, 2), bool)).tolist()  # two tokens, of one of two that are as likely
+      >>> half = 2 * jnp.log(jnp.full(1, 0.5))
+      >>> wpo(half, half, jnp.full(1, 2.0)).tolist()  # two tokens, of one of two that are as likely
       [1.0]
 
     Source: Zhou et al. 2024, arXiv:2406.11827, equation 2, with the alignment of section 3.2, as in TRL.
     """
-    mean = jnp.where(mask, logprobs - collisions, 0.0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
-    return jax.lax.stop_gradient(jnp.exp(mean))
+    return jax.lax.stop_gradient(jnp.exp((logprobs - collisions) / jnp.maximum(count, 1)))
 
 
 def collision(
@@ -65,7 +64,7 @@ def collision(
     return jnp.take_along_axis(found, rows.back, axis=1)
 
 
-def ld_weights(index: Int[Array, "N T"], shortest: Int[Array, "N"], alpha: float) -> Float[Array, "N T"]:
+def ld_weights(index: Int[Array, "*N"], shortest: Int[Array, "*N"], alpha: float) -> Float[Array, "*N"]:
     """LD-DPO's weight of each token of an answer: 1 up to the length of the pair's shorter one, alpha behind.
 
         answer    a b c d e        index     0 1 2 3 4
@@ -75,18 +74,18 @@ def ld_weights(index: Int[Array, "N T"], shortest: Int[Array, "N"], alpha: float
 
     Args:
       index: of the token in its answer; tokens of the prompt are for the mask to leave out.
-      shortest: min(|y_c|, |y_r|) of the pair.
+      shortest: min(|y_c|, |y_r|) of the pair that the token stands in.
       alpha: 1 is DPO; 0 cuts the longer answer.
 
     Raises:
       ValueError: `alpha` is not in [0, 1].
 
     Example:
-      >>> ld_weights(jnp.arange(5)[None], jnp.array([3]), 0.5).tolist()
-      [[1.0, 1.0, 1.0, 0.5, 0.5]]
+      >>> ld_weights(jnp.arange(5), jnp.array(3), 0.5).tolist()
+      [1.0, 1.0, 1.0, 0.5, 0.5]
 
     Source: Liu et al. 2024, arXiv:2409.06411, section 3.2.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; LD-DPO's is between 0, which cuts the longer answer, and 1, which is DPO")
-    return jnp.where(index < shortest[:, None], 1.0, alpha).astype(jnp.float32)
+    return jnp.where(index < shortest, 1.0, alpha).astype(jnp.float32)

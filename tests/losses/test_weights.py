@@ -60,7 +60,7 @@ def test_a_weight_is_the_mean_over_tokens_of_probability_against_what_was_to_be_
     features, table = arrays
     mask, targets = jnp.asarray(MASKS[1]), jnp.arange(B * T).reshape(B, T) % V
     lp = logprobs(features, table, targets, mask)
-    weights = wpo(lp, collision(features, table, mask), mask)
+    weights = wpo(*(x.sum(axis=1) for x in (lp, collision(features, table, mask), mask)))
     for b in range(B):
         parts = []
         for t in np.flatnonzero(MASKS[1][b]):
@@ -71,12 +71,12 @@ def test_a_weight_is_the_mean_over_tokens_of_probability_against_what_was_to_be_
 
 
 def test_a_weight_has_no_gradient():
-    lp, mask = jnp.full((2, 3), -1.0), jnp.ones((2, 3), bool)
-    assert not np.asarray(jax.grad(lambda lp: wpo(lp, jnp.zeros((2, 3)), mask).sum())(lp)).any()
+    lp, count = jnp.full(2, -1.0), jnp.full(2, 3.0)
+    assert not np.asarray(jax.grad(lambda lp: wpo(lp, jnp.zeros(2), count).sum())(lp)).any()
 
 
 def test_tokens_behind_the_shorter_answer_count_alpha():
-    weights = ld_weights(jnp.tile(jnp.arange(4), (3, 1)), jnp.array([0, 2, 9]), 0.25)
+    weights = ld_weights(jnp.tile(jnp.arange(4), (3, 1)), jnp.array([[0], [2], [9]]), 0.25)
     assert weights.tolist() == [[0.25] * 4, [1, 1, 0.25, 0.25], [1] * 4]
     assert weights.dtype == jnp.float32
 
