@@ -23,7 +23,7 @@ from jaxsft import sharding, tree
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.tree import Tree
-from jaxsft.types import Key, Metrics, State, Sums
+from jaxsft.types import Key, Mean, Metrics, State, Sums
 
 AHEAD = 2  # steps in flight before the loop looks at a loss
 
@@ -152,7 +152,7 @@ def make_step(
             "loss": sums.loss / weight,
             "grad_norm": optax.tree.norm(grads),
             "trained_tokens": sums.weight,
-            **{name: value / weight for name, value in sums.metrics.items()},
+            **{name: _mean(value, weight) for name, value in sums.metrics.items()},
         }
         trainable = optax.apply_updates(state.trainable, updates)
         return State(state.step + 1, cast(Tree, trainable), opt_state, state.key), metrics
@@ -160,6 +160,10 @@ def make_step(
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _mean(value: Array | Mean, weight: Array) -> Array:
+    return value.total / jnp.maximum(value.weight, 1.0) if isinstance(value, Mean) else value / weight
 
 
 def _cut(x: Array, pieces: int) -> Array:
@@ -281,10 +285,10 @@ def make_evaluation(objective: Objective) -> Callable[[Tree, Tree, Iterable[Plac
 
     def evaluate(trainable: Tree, frozen: Tree, batches: Iterable[Placed]) -> dict[str, float]:
         parts = jax.device_get([sums(trainable, frozen, batch.batch) for batch in batches])
-        if not (weight := sum(float(part.weight) for part in parts)):
+        whole = jax.tree.map(lambda *x: np.sum(x, dtype=np.float64), *parts)
+        if not whole.weight:
             raise RunError("data.eval has nothing that is learned; nothing can be measured on it")
-        mean = lambda values: sum(map(float, values)) / weight
-        metrics = {name: mean(part.metrics[name] for part in parts) for name in parts[0].metrics}
-        return {"loss": mean(part.loss for part in parts), **metrics}
+        values = {"loss": whole.loss, **whole.metrics}
+        return {name: float(_mean(value, whole.weight)) for name, value in values.items()}
 
     return evaluate

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsft.tree import Tree
 
 Key = jax.Array  # a key of jax.random.key
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # of scalars on the device
 
 
 class Tokens(NamedTuple):
@@ -72,8 +72,18 @@ class Prompts(NamedTuple):
     rows: Int[Array, "B"]  # of the data, to look up what else the row says
 
 
+class Mean(NamedTuple):
+    """A metric with a weight of its own: a sum, and over how many."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
 class Sums(NamedTuple):
-    """What an objective returns: sums and their weight, never means, so that any split of a batch adds up."""
+    """What an objective returns: sums and their weight, never means, so that any split of a batch adds up.
+
+    A metric is a sum over what the loss is a sum over, or a `Mean`.
+    """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
