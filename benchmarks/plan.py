@@ -44,7 +44,7 @@ def plan(mesh: tuple[int, int, int], quantise: str) -> preflight.Need:
             LENGTH,
         )
         preflight.pretend(sections.mesh)
-        return preflight.measure(objectives.supervised, sections)
+        return preflight.measure(preflight.over_tokens(objectives.supervised), sections)
 
 
 def main() -> None:

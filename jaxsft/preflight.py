@@ -21,9 +21,10 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsft import hub, losses, optim, report, sharding, train, tree, tuning
-from jaxsft.objectives import Objective
+from jaxsft.models import Model
+from jaxsft.objectives import Objective, Pairwise
 from jaxsft.tree import Tree
-from jaxsft.types import State, Tokens
+from jaxsft.types import Pairs, State, Tokens
 
 # On a CPU alone: else the float32 copy of a bfloat16 kernel is made of all layers at once, before the loop over them.
 AS_ELSEWHERE = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"}
@@ -38,6 +39,37 @@ class Sections(NamedTuple):
     train: train.Config
     mesh: sharding.Config
     length: int  # tokens of a row
+
+
+class Work(NamedTuple):
+    """What a run computes, without its model."""
+
+    objective: Callable[[Model, int | None], tuple[Objective, train.Prepare | None]]  # (model, chunk) -> for make_step
+    batch: Callable[
+        [Callable[..., Any]], Any
+    ]  # rows -> a batch; rows(dtype) is [B, T], rows(dtype, *axes) is [B, *axes]
+    reference: bool = False  # is what trains of the base kept as it was, beside it?
+    labels: int = 0  # of a reward model
+
+
+def over_tokens(objective: Callable[..., Objective]) -> Work:
+    """Work over `Tokens`; objective: (model, chunk=...) -> objective, such as `objectives.supervised`."""
+    kinds = (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)
+    return Work(lambda model, chunk: (objective(model, chunk=chunk), None), lambda rows: Tokens(*map(rows, kinds)))
+
+
+PAIRS = 8  # in a row; how many there are is not known before the data is read, and matters little
+
+
+def over_pairs(learning: Callable[..., Pairwise], *, reference: bool = False, labels: int = 0) -> Work:
+    """Work over `Pairs`; learning: (model, chunk=...) -> Pairwise, such as `objectives.of` gives."""
+
+    def batch(rows: Callable[..., Any]) -> Pairs:
+        tokens = Tokens(*map(rows, (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+        each = lambda dtype, *more: rows(dtype, PAIRS, *more)
+        return Pairs(*tokens, each(jnp.float32), each(jnp.bool_), each(jnp.int32), each(jnp.float32, 2))
+
+    return Work(lambda model, chunk: learning(model, chunk=chunk)[:2], batch, reference, labels)
 
 
 class Need(NamedTuple):
@@ -109,19 +141,19 @@ def bytes_of(arrays: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def measure(objective: Callable[..., Objective], sections: Sections) -> Need:
+def measure(work: Work, sections: Sections) -> Need:
     """Compiles the step of a run and asks what it takes.
 
     Args:
-      objective: (model, chunk=...) -> objective, such as `objectives.supervised`.
+      work: what it computes.
       sections: of the run's configuration.
 
     Raises:
       CheckpointError, ValueError: config.json or the sections cannot be used.
     """
     s, (mesh, stands_in) = sections, _mesh(sections.mesh)
-    family, shape = hub.read_config(hub.resolve(s.model.path))
-    plan = tuning.plan(s.tuning, shape.layers)
+    family, shape = hub.read_config(hub.resolve(s.model.path), work.labels or None)
+    plan = tuning.plan(s.tuning, shape.layers, also=["score/.*"] * bool(work.labels))
     model, base = hub.abstract(
         s.model.path,
         mesh,
@@ -131,16 +163,23 @@ def measure(objective: Callable[..., Objective], sections: Sections) -> Need:
         cut=plan.cut,
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
         quantise=s.model.quantise,
+        labels=work.labels or None,
     )
     trainable, frozen = tuning.apply(plan, base, jax.random.key(0), mesh=mesh, rules=family.rules)
+    if work.reference and "params" in trainable:
+        frozen = {**frozen, "reference": trainable["params"]}
     tx, _ = optim.build(s.optim, 1)
     state = abstract_state(trainable, tx, mesh)
-    rows: Any = lambda dtype: jax.ShapeDtypeStruct((s.train.batch_size, s.length), dtype, sharding=sharding.rows(mesh))
-    batch = Tokens(rows(jnp.int32), rows(jnp.bool_), rows(jnp.int32), rows(jnp.int32))
+
+    def rows(dtype: Any, *axes: int) -> Any:
+        shape = (s.train.batch_size, *(axes or (s.length,)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))
+
+    batch = work.batch(rows)
     chunk = losses.CHUNK if stands_in else None
-    step: Any = train.make_step(
-        objective(model, chunk=chunk), tx, microbatches=s.train.microbatches, shardings=sharding.of(state)
-    )
+    objective, prepare = work.objective(model, chunk)
+    cut = {"microbatches": s.train.microbatches, "shardings": sharding.of(state)}
+    step: Any = train.make_step(objective, tx, prepare=prepare, **cut)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     compiled = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
     found = compiled.memory_analysis()
@@ -191,15 +230,15 @@ def changes(sections: Sections) -> dict[str, Sections]:
     return found
 
 
-def show(objective: Callable[..., Objective], sections: Sections, device_gb: float | None) -> None:
+def show(work: Work, sections: Sections, device_gb: float | None) -> None:
     """Prints what a run needs, whether that fits, and if not what would help, each compiled like the run itself.
 
     Args:
-      objective, sections: as for `measure`.
+      work, sections: as for `measure`.
       device_gb: memory of a device in 10^9 bytes; by default what the device says of itself.
     """
     pretend(sections.mesh)
-    need, (mesh, stands_in) = measure(objective, sections), _mesh(sections.mesh)
+    need, (mesh, stands_in) = measure(work, sections), _mesh(sections.mesh)
     room = int(device_gb * 1e9) if device_gb else None if stands_in else memory(mesh)
     size = lambda n: f"{n / 1e9:,.3f} GB"
     kind = f"{mesh.size} CPU devices that stand for the run's own" if stands_in else str(mesh.devices.flat[0])
@@ -222,7 +261,7 @@ def show(objective: Callable[..., Objective], sections: Sections, device_gb: flo
         return
     rows = []
     for words, changed in changes(sections).items():
-        less = measure(objective, changed)
+        less = measure(work, changed)
         rows.append((words, size(less.total), "yes" if less.total <= room else "no"))
     report.table("what would change that", ("change", "in all", "fits"), rows)
 

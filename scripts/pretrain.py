@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
         learning = functools.partial(objectives.masked, rate=cfg.train.mask_rate, **gaps._asdict())
     if cfg.run.plan:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
-        preflight.show(learning, preflight.Sections(*parts), cfg.run.device_gb)
+        preflight.show(preflight.over_tokens(learning), preflight.Sections(*parts), cfg.run.device_gb)
         return
     folder, mesh = session.start(cfg.run, cfg.mesh)
 

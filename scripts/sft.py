@@ -33,7 +33,7 @@ def main(cfg: Config) -> None:
     objectives.expect("causal", shape, cfg.data.max_length)
     if cfg.run.plan:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, cfg.data.max_length)
-        preflight.show(objectives.supervised, preflight.Sections(*parts), cfg.run.device_gb)
+        preflight.show(preflight.over_tokens(objectives.supervised), preflight.Sections(*parts), cfg.run.device_gb)
         return
     folder, mesh = session.start(cfg.run, cfg.mesh)
 

@@ -60,7 +60,7 @@ EXACT = [
 
 @pytest.mark.parametrize("given", EXACT, ids=["lora", "full", "nf4"])
 def test_weights_and_optimizer_are_to_the_byte_those_of_the_run(given):
-    need = preflight.measure(objectives.supervised, given)
+    need = preflight.measure(preflight.over_tokens(objectives.supervised), given)
     state, frozen, trainable, *_ = real(given)
     assert need.weights == on_first((state.trainable, frozen))
     assert need.optimizer == on_first(state.opt_state)
@@ -82,7 +82,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers():
 def test_config_json_is_all_it_reads_and_working_memory_follows_what_saves_it(tmp_path):
     (tmp_path / "config.json").write_text((Path(jaxsft.BASE) / "config.json").read_text())
     given = sections(tmp_path, length=512, batch_size=8)
-    working = lambda given: preflight.measure(objectives.supervised, given).working
+    working = lambda given: preflight.measure(preflight.over_tokens(objectives.supervised), given).working
     plain = working(given)
     assert working(given._replace(train=train.Config(batch_size=8, microbatches=4))) < 0.6 * plain
     assert working(given._replace(model=hub.Config(str(tmp_path), remat="block"))) < 0.8 * plain
@@ -92,7 +92,7 @@ def test_rows_stay_on_their_device_where_weights_are_cut():
     """Activations once took the cut of the embedding's features, and every device then held those of all rows."""
     four = sections(mesh=sharding.Config(4, 1, 1), length=256)
     shared = four._replace(mesh=sharding.Config(1, 4, 1))
-    apart, cut = (preflight.measure(objectives.supervised, given) for given in (four, shared))
+    apart, cut = (preflight.measure(preflight.over_tokens(objectives.supervised), given) for given in (four, shared))
     assert cut.weights < 0.5 * apart.weights
     assert cut.working < 1.5 * apart.working
 
@@ -107,14 +107,14 @@ def test_what_does_not_fit_is_shown_with_what_would_change_that(capsys, monkeypa
         return preflight.Need(3_000_000_000 if big else 1_000_000_000, 10**8, 10**6, 2 * 10**9, 10**8, 5000, 50)
 
     monkeypatch.setattr(preflight, "measure", measured)
-    preflight.show(objectives.supervised, sections(), 4.0)
+    preflight.show(preflight.over_tokens(objectives.supervised), sections(), 4.0)
     shown = capsys.readouterr().out
     assert "NO, a device has 4.000 GB" in shown
     assert "5.101 GB" in shown
     assert "5,000, of which 50 train" in shown
     assert [line.split("│")[3].strip() for line in shown.splitlines() if "--model" in line] == ["no", "no", "yes"]
     assert len(tried) == 5  # the run; bfloat16, remat, microbatches, quantise
-    preflight.show(objectives.supervised, sections(), 6.0)
+    preflight.show(preflight.over_tokens(objectives.supervised), sections(), 6.0)
     shown = capsys.readouterr().out
     assert "yes, a device has 6.000 GB" in shown
     assert "what would change" not in shown
