@@ -9,7 +9,7 @@ import numpy as np
 from jaxsft.run import METRICS, read_metrics
 
 
-def plot_loss(metrics: Path, png: Path) -> None:
+def plot_loss(metrics: Path, png: Path, unit: str = "nats per learned token") -> None:
     """Draws the loss of `metrics.jsonl`: every logged step, their running mean, the held-out losses."""
     import matplotlib as mpl
 
@@ -25,12 +25,51 @@ def plot_loss(metrics: Path, png: Path) -> None:
         axis.plot(train[:, 0], running_mean(train[:, 1]), color="tab:blue", linewidth=2, label="running mean")
     if len(held):
         axis.plot(*held.T, "o-", color="tab:orange", label="held-out loss")
-    axis.set(xlabel="step", ylabel="loss (nats per learned token)", ylim=(0, None))
+    axis.set(xlabel="step", ylabel=f"loss ({unit})", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
     figure.savefig(png)
     plt.close(figure)
+
+
+OTHERWISE = {"step", "loss", "learning_rate", "tokens_per_second", "trained_tokens"}  # told elsewhere, or of no shape
+
+
+def plot_metrics(metrics: Path, png: Path) -> bool:
+    """Draws what `metrics.jsonl` has beside the loss: each metric of the steps, and of held-out rows.
+
+    Returns:
+      whether there was anything to draw.
+    """
+    rows = read_metrics(metrics)
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in OTHERWISE]
+    names = [name for name in names if not name.startswith("eval_")]
+    if not names:
+        return False
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    wide = min(3, len(names))
+    high = -(-len(names) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(4 * wide, 2.6 * high), dpi=110, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        train = np.array([(row["step"], row[name]) for row in rows if name in row]).reshape(-1, 2)
+        held = np.array([(r["step"], r[f"eval_{name}"]) for r in rows if f"eval_{name}" in r]).reshape(-1, 2)
+        axis.plot(*train.T, color="tab:blue", alpha=0.3, linewidth=1)
+        if len(train) > 20:
+            axis.plot(train[:, 0], running_mean(train[:, 1]), color="tab:blue", linewidth=1.5)
+        axis.plot(*held.T, "o-", color="tab:orange", markersize=3)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(png)
+    plt.close(figure)
+    return True
 
 
 def running_mean(values: np.ndarray, memory: float = 0.9) -> np.ndarray:
@@ -81,18 +120,26 @@ def summary(title: str, rows: Mapping[str, object]) -> None:
     table(title, ("", ""), [(name, str(value)) for name, value in rows.items()])
 
 
-def finish(folder: Path, samples: Sequence[tuple[str, str, str, str]], written: Mapping[str, Path]) -> None:
+def finish(
+    folder: Path,
+    samples: Sequence[tuple[str, str, str, str]],
+    written: Mapping[str, Path],
+    *,
+    unit: str = "nats per learned token",
+) -> None:
     """Shows a run's end: answers before and after, the held-out loss before and after, and what lies where.
 
     Args:
       folder: of the run, with metrics.jsonl.
       samples: (question, wanted answer, answer before, answer after), none or some.
       written: name -> path of what the run wrote beside its metrics.
+      unit: of the loss.
     """
     if jax.process_index():
         return
     metrics = read_metrics(folder / METRICS)
-    plot_loss(folder / METRICS, folder / "loss.png")
+    plot_loss(folder / METRICS, folder / "loss.png", unit)
+    others = plot_metrics(folder / METRICS, folder / "metrics.png")
     if samples:
         table("held-out questions", ("question", "wanted", "before", "after"), samples)
     held = [row["eval_loss"] for row in metrics if "eval_loss" in row]
@@ -103,6 +150,7 @@ def finish(folder: Path, samples: Sequence[tuple[str, str, str, str]], written: 
     files = {
         "metrics": folder / METRICS,
         "loss curve": folder / "loss.png",
+        **({"other curves": folder / "metrics.png"} if others else {}),
         "checkpoints": folder / "checkpoints",
         **written,
     }

@@ -15,7 +15,15 @@ import jax
 from jax.experimental import multihost_utils
 
 METRICS = "metrics.jsonl"
-WRITTEN = (METRICS, "loss.png", "checkpoints", "adapter", "merged")  # in a run's folder
+WRITTEN = (
+    METRICS,
+    "loss.png",
+    "metrics.png",
+    "calibration.png",
+    "checkpoints",
+    "adapter",
+    "merged",
+)  # in a run's folder
 
 
 class RunError(Exception):

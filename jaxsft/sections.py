@@ -3,6 +3,7 @@
 from jaxsft.data import Config as Data
 from jaxsft.hub import Config as Model
 from jaxsft.hub import ExportConfig as Export
+from jaxsft.objectives import Config as Preference
 from jaxsft.optim import Config as Optim
 from jaxsft.run import Config as Run
 from jaxsft.sample import Config as Sample
@@ -11,4 +12,4 @@ from jaxsft.train import Config as Train
 from jaxsft.train import Pretraining
 from jaxsft.tuning import Config as Tuning
 
-__all__ = ["Data", "Export", "Mesh", "Model", "Optim", "Pretraining", "Run", "Sample", "Train", "Tuning"]
+__all__ = ["Data", "Export", "Mesh", "Model", "Optim", "Preference", "Pretraining", "Run", "Sample", "Train", "Tuning"]

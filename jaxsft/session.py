@@ -5,21 +5,28 @@ A script says what is learned of which rows, and in what words that is told to p
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxsft import checkpoint, data, hub, optim, report, run, sharding, tuning
+from jaxsft import checkpoint, data, hub, objectives, optim, report, run, sharding, tree, tuning
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.train import Config, Prepare, fit, init, make_evaluation, make_step, place
 from jaxsft.tuning import Learner
 from jaxsft.types import State
+
+AGREE = 0.5  # nats an answer, on average, by which two computations of a reference may differ: other devices, bfloat16
 
 
 def start(config: run.Config, mesh: sharding.Config) -> tuple[Path, Mesh]:
@@ -32,7 +39,7 @@ def start(config: run.Config, mesh: sharding.Config) -> tuple[Path, Mesh]:
     return folder, sharding.mesh(**dataclasses.asdict(mesh))
 
 
-def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int) -> Learner:
+def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int, labels: int | None = None) -> Learner:
     """Loads a checkpoint, and splits its variables by what learns.
 
     Args:
@@ -40,12 +47,14 @@ def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int) -> Lea
       how: what learns.
       mesh: where it lies.
       seed: draws the adapter.
+      labels: 1 for a reward model, whose score trains whatever else does; see `hub.load_variables`.
 
     Raises:
       CheckpointError, ValueError: see `hub.load_variables`, `tuning.plan`, `tuning.apply`.
     """
-    family, shape = hub.read_config(hub.resolve(model.path))
-    plan = tuning.plan(how, shape.layers)
+    family, shape = hub.read_config(hub.resolve(model.path), labels)
+    plan = tuning.plan(how, shape.layers, also=["score/.*"] * bool(labels))
+    key_score, key_lora = jax.random.split(jax.random.key(seed)) if labels else (None, jax.random.key(seed))
     loaded, base = hub.load_variables(
         model.path,
         mesh,
@@ -55,8 +64,10 @@ def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int) -> Lea
         cut=plan.cut,
         remat=model.remat,
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
+        labels=labels,
+        key=key_score,
     )
-    trainable, frozen = tuning.apply(plan, base, jax.random.key(seed), mesh=mesh, rules=family.rules)
+    trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
     report.summary("model", tuning.describe(plan, trainable, frozen))
     return Learner(loaded, plan, trainable, frozen)
 
@@ -69,11 +80,113 @@ def draw(model: hub.Config, mesh: Mesh, *, seed: int) -> Learner:
     return Learner(made, plan, {"params": params}, {})
 
 
+def with_reference(learner: Learner) -> Learner:
+    """Keeps what the base's own parameters are before they train, for a reference that is run beside the policy.
+
+    With an adapter alone there is nothing to keep: the reference is the base without it.
+    """
+    kept = jax.tree.map(jnp.copy, learner.trainable.get("params", {}))
+    return learner._replace(frozen={**learner.frozen, "reference": kept}) if kept else learner
+
+
+def measure(
+    each: Callable[[Mapping, Any], Mapping[str, jax.Array]], rows: data.PackedPairs, *, batch_size: int, mesh: Mesh
+) -> Callable[..., dict[str, np.ndarray]]:
+    """Compiles the measurement of single pairs.
+
+    Args:
+      each: (variables, batch) -> values [B, K] by name, such as `Pairwise.each`.
+      rows: the pairs.
+      batch_size: rows at one time.
+      mesh: where it runs.
+
+    Returns:
+      (learner, batches=None) -> values by name, in the order of the pairs in the data, whose numbers are `row`; of all
+      rows, or of the first few batches.
+    """
+    compute = jax.jit(
+        lambda trainable, frozen, batch: {"row": batch.row, **each(tree.combine(trainable, frozen), batch)}
+    )
+    share = functools.partial(data.batches, process=jax.process_index(), processes=jax.process_count())
+
+    def run(learner: Learner, batches: int | None = None) -> dict[str, np.ndarray]:
+        placed = itertools.islice(place(share(rows, batch_size, seed=None, epochs=1), mesh), batches)
+        parts = [_gathered(compute(learner.trainable, learner.frozen, one.batch)) for one in placed]
+        joined = {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
+        order = np.argsort(joined["row"], kind="stable")
+        order = order[joined["row"][order] >= 0]
+        return {name: values[order] for name, values in joined.items()}
+
+    return run
+
+
+def _gathered(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Arrays that lie over several hosts, whole on each of them."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in arrays.items()}
+
+
+def precompute(
+    said: Callable[[Mapping, Any], Mapping[str, jax.Array]],
+    learner: Learner,
+    rows: data.PackedPairs,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    cache: Path,
+    key: str,
+) -> data.PackedPairs:
+    """Runs the reference over all pairs once, so that training need not; what was computed is kept by content.
+
+    The file's name is a digest of the rows and of `key`. When it is found, the first batch is computed again all the
+    same, and must agree.
+
+    Args:
+      said: (variables, batch) -> {"chosen", "rejected"}, log-probabilities [B, K], such as `objectives.said`.
+      learner: the model as it is before training.
+      rows: packed pairs.
+      batch_size: rows at one time.
+      mesh: where it runs.
+      cache: the folder for such files; several hosts each compute anew.
+      key: of everything else that decides what the reference says: its weights, its precision.
+
+    Returns:
+      the rows, with what the reference says of each pair.
+
+    Raises:
+      RunError: a file that was found says something else than the model does.
+    """
+    name = hashlib.blake2b(f"{rows.digest} {key}".encode(), digest_size=16).hexdigest()
+    file, known = cache / f"reference-{name}.npy", jax.process_count() == 1
+    reference = Learner(learner.model, learner.plan, {}, objectives.reference(learner.variables))
+    compute = measure(said, rows, batch_size=batch_size, mesh=mesh)
+    if known and file.exists():
+        found, some = np.load(file, allow_pickle=False), compute(reference, batches=1)
+        off = np.inf
+        if found.shape == rows.documents.shape:
+            off = np.abs(found[some["row"]] - np.stack([some["chosen"], some["rejected"]], axis=1)).mean()
+        if not off < AGREE:
+            raise RunError(f"{file} is not what the reference says, by {off:.3g} nats an answer; delete it")
+        return rows.with_reference(found)
+    values = compute(reference)
+    found = np.zeros(rows.documents.shape, np.float32)
+    found[values["row"]] = np.stack([values["chosen"], values["rejected"]], axis=1)
+    rows = rows.with_reference(found)  # refuses what is not finite
+    if known:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as stream:
+            np.save(stream, found, allow_pickle=False)
+        os.replace(part, file)
+    return rows
+
+
 def learn(
     objective: Objective,
     learner: Learner,
-    rows: data.PackedRows,
-    held_out: data.PackedRows | None,
+    rows: data.PackedRows | data.PackedPairs,
+    held_out: data.PackedRows | data.PackedPairs | None,
     *,
     prepare: Prepare | None = None,
     config: Config,

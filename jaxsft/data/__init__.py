@@ -16,7 +16,7 @@ from jaxsft.data.chat import (
 from jaxsft.data.formats import FORMATS, Format, detect, parse
 from jaxsft.data.gaps import Masking, masking
 from jaxsft.data.info import Source, resolve
-from jaxsft.data.load import Config, Loaded, Report, kind_of, load, records
+from jaxsft.data.load import Config, Loaded, Report, cache, kind_of, load, records
 from jaxsft.data.pairs import LoadedPairs, PackedPairs, load_pairs, pairs_in_memory
 from jaxsft.data.questions import Comparison, Question, blanks, comparisons, questions
 from jaxsft.data.render import Example, prompt_ids, render, render_text
@@ -67,6 +67,7 @@ __all__ = [
     "batches",
     "batches_by_length",
     "blanks",
+    "cache",
     "comparisons",
     "detect",
     "in_memory",

@@ -264,13 +264,17 @@ def kind_of(config: Config) -> Kind:
     return next(kind for kind, types in kinds.items() if isinstance(first, types))  # type: ignore[return-value]
 
 
+def cache(config: Config) -> Path:
+    """The folder of what was computed of data once."""
+    return Path(config.cache or os.environ.get("JAXSFT_CACHE") or "~/.cache/jaxsft").expanduser()
+
+
 def _open(source: Source, config: Config, tokenizer: Any, kind: str) -> tuple[Documents, bool, str]:
     how = How(config.system, config.learn, config.reasoning, config.control_tokens)
-    cache = Path(config.cache or os.environ.get("JAXSFT_CACHE") or "~/.cache/jaxsft").expanduser()
     return tokenise(
         Job(source, kind, how, config.max_length),
         tokenizer,
-        cache,
+        cache(config),
         on_bad_row=config.on_bad_row,
         workers=config.workers,
         show=jax.process_index() == 0,

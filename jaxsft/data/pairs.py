@@ -52,6 +52,12 @@ class PackedPairs(Sequence[Pairs]):
         """Pairs of the fullest row, for which every row has place."""
         return int(np.diff(self.rows).max())
 
+    @functools.cached_property
+    def longer(self) -> Int[np.ndarray, "R"]:
+        """Tokens of the chosen answer less those of the rejected one."""
+        ends = np.concatenate([one.lengths for one in self.sources])
+        return ends[self.documents[:, 0]] - ends[self.documents[:, 1]]
+
     def empty(self) -> Pairs:
         """A row of padding, which fills up a batch."""
         return self._row(self.order[:0])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxsft.hub.disk import on_disk
-from jaxsft.hub.files import CheckpointError, resolve
+from jaxsft.hub.files import CheckpointError, digest, resolve
 from jaxsft.hub.merge import export, merge
 from jaxsft.hub.peft import export_adapter, load_adapter
 from jaxsft.hub.source import read_config, shapes
@@ -45,6 +45,7 @@ __all__ = [
     "ExportConfig",
     "abstract",
     "adapter_template",
+    "digest",
     "export",
     "export_adapter",
     "init",

@@ -6,6 +6,7 @@ never holds more than one shard of them.
 
 import contextlib
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -219,6 +220,21 @@ def _shards(tensors: Iterable[Tensor], limit: float) -> list[list[Tensor]]:
         room -= tensor.nbytes
         shards[-1].append(tensor)
     return shards
+
+
+def digest(folder: Path) -> str:
+    """A digest of a checkpoint's config.json and weights, by content.
+
+    Example:
+      >>> import jaxsft
+      >>> len(digest(Path(jaxsft.BASE)))
+      32
+    """
+    hasher = hashlib.blake2b(digest_size=16)
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.msgpack")]):
+        with file.open("rb") as stream:
+            hasher.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

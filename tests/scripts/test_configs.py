@@ -11,7 +11,7 @@ from .conftest import ROOT, load_script
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OWN = {"sft": "quickstart", "pretrain": "pretrain", "merge": "merge", "chat": "chat", "tokenizer": "tokenizer"}
-OWN |= {"inspect_data": "inspect_data"}
+OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
