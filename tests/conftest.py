@@ -5,7 +5,15 @@ import os
 import shutil
 import tempfile
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Tests wait for the compiler and hardly for what it makes. Without LLVM's optimisations, and without the emitters that
+# lower every fusion through MLIR, a training step of a tiny model compiles in a third of the time. Rounding differs in
+# the last bits, nothing else does. What XLA_FLAGS says already comes later and wins: with
+# `--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true` tests compile as runs do. Scripts that are
+# started as processes always do, see scripts/conftest.py.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAXSFT_CACHE"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
