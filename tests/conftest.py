@@ -22,6 +22,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -88,6 +89,18 @@ OWN: dict[str, dict[str, Any]] = {
     "roberta": {"architectures": ["RobertaForMaskedLM"], "pad_token_id": 1},
 }
 ENCODERS = ("bert", "roberta")
+MAPS = Path("/proc/self/maps")
+
+
+def pytest_runtest_teardown():
+    """Forgets compiled programs before they fill the process's memory maps.
+
+    Linux gives a process 65,530 of them (vm.max_map_count). A compiled program takes about ten, and jax keeps the
+    programs of every model that ever was; those of one model of the parity run take a thousand. Past the limit LLVM is
+    refused memory, and XLA does not raise but dies of a segmentation fault.
+    """
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 16_000:
+        jax.clear_caches()
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
