@@ -32,12 +32,13 @@ def kernel_of(bank, e):
 
 
 def by_loop(x, chosen, weights, banks):
+    x, chosen, weights, banks = jax.device_get((x, chosen, weights, banks))
     out = np.zeros((N, D))
     for n in range(N):
         for k in range(K):
-            W = {name: kernel_of(bank, int(chosen[n, k])) for name, bank in banks.items()}
-            gate, up = np.asarray(x[n]) @ W["gate"], np.asarray(x[n]) @ W["up"]
-            out[n] += float(weights[n, k]) * (gate / (1 + np.exp(-gate)) * up) @ W["down"]
+            W = {name: kernel_of(bank, chosen[n, k]) for name, bank in banks.items()}
+            gate, up = x[n] @ W["gate"], x[n] @ W["up"]
+            out[n] += weights[n, k] * (gate / (1 + np.exp(-gate)) * up) @ W["down"]
     return out
 
 
@@ -96,7 +97,7 @@ def test_balance_is_the_formula_over_counted_choices():
 def test_padding_does_not_count_in_the_balance():
     config = models.DecoderConfig(32, 16, 24, 2, 2, 1, 8, 64, moe=MoE(experts=4, active=2, hidden=8))
     model = models.build(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     learn = jax.jit(lambda tokens, segments: model.learn({"params": params}, tokens, None, segments)[1])
     tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, 32)
     alone = learn(tokens[:, :8], jnp.ones((1, 8), jnp.int32))
