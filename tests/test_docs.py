@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import jaxsft
-from jaxsft import data, hub
+from jaxsft import data, hub, losses
 from jaxsft.data.render import encode
 from jaxsft.data.script import scripts
 
+PREFERENCE = Path(__file__).parents[1] / "docs" / "preference.md"
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 BLOCK = re.compile(r"```json\n(.*?)\n```\n\n```text\n(.*?)\n```", re.DOTALL)
 BLOCKS = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
@@ -44,3 +45,8 @@ def test_the_page_shows_a_row_of_every_format():
     assert [name for name in data.FORMATS if f"### {name}\n" not in page] == []
     told = {data.detect(json.loads(row)) for row, _ in BLOCKS}
     assert told == set(data.FORMATS) - {"image"}
+
+
+def test_the_page_of_preferences_lists_every_loss():
+    page = PREFERENCE.read_text(encoding="utf-8")
+    assert [name for name in [*losses.PREFERENCE, *losses.UNPAIRED] if f"`{name}`" not in page] == []
