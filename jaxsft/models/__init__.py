@@ -29,9 +29,11 @@ from jaxsft.models import (
     roberta,
     smollm3,
 )
-from jaxsft.models.decoder import Cache, DecoderConfig, Model, logits, shares_prompts, span, split
+from jaxsft.models.block import DecoderConfig
+from jaxsft.models.decoder import shares_prompts
 from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.family import Family, ModelConfig, Name, with_labels
+from jaxsft.models.model import Cache, Model, logits, span, split
 from jaxsft.models.reward import last, scores
 
 FAMILIES: dict[str, Family] = {

@@ -9,246 +9,39 @@ Parameters are a nested dict:
     score/kernel                [D, 1]         in the head's place, in a model that scores texts (`reward`)
 
 A key under `blocks` names the layers it stacks; layers of another make, such as those without a mixture of experts,
-have a stack of their own. `split` cuts a stack in two ("0-5" and "6-7"), and then the two parts
-can differ in what trains: the backward pass ends at the first part that trains anything. The functions below read the
-cut from the tree, so nothing else needs to know of it.
+have a stack of their own. The functions below read the stacks from the tree, so nothing else needs to know where it is
+cut (`model.split`).
 """
 
 import functools
 import itertools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
-from jaxsft.models.attention import NO_WINDOW, Where, attend
-from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm
-from jaxsft.models.moe import Mixture, MoE, balance
+from jaxsft.models.attention import NO_WINDOW, Where
+from jaxsft.models.block import Block, DecoderConfig, Turn, norm_of
+from jaxsft.models.model import REMAT, Cache, Model, by_rows, span
+from jaxsft.models.moe import balance
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
 if TYPE_CHECKING:
     from jaxsft.models.encoder import EncoderConfig
 
-REMAT: dict[str, Callable | None] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The numbers that make a checkpoint's architecture; families read them from `config.json`."""
-
-    vocab_size: int
-    hidden: int
-    mlp_hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_position: int
-    rope: rotary.Rope = rotary.Rope()
-    norm_eps: float = 1e-6
-    activation: str = "silu"
-    tied: bool = False  # the output layer is the embedding
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: Literal["", "head", "all"] = ""  # RMSNorm of q and k, over each head (Qwen 3) or all of them (OLMo 2)
-    windows: tuple[int | None, ...] | None = None  # sliding window of each layer; None: none has one
-    ropes: tuple[rotary.Rope, ...] | None = None  # of each layer, where they differ
-    pre_norm: bool = True  # of what attention and MLP read
-    post_norm: bool = False  # of what they add (Gemma 2, OLMo 2)
-    norm_from_zero: bool = False  # norms store their scale less 1 (Gemma)
-    embed_scale: float = 1.0  # of embeddings
-    residual_scale: float = 1.0  # of what attention and MLP add (Granite)
-    attn_scale: float | None = None  # of scores, in 1 / sqrt(head_dim)'s place
-    attn_soft_cap: float | None = None
-    logit_scale: float = 1.0
-    logit_soft_cap: float | None = None
-    norm: Literal["rms", "layer"] = "rms"
-    gated: bool = True  # the MLP; else it has two layers (GPT 2)
-    fused: bool = False  # q, k, v are one kernel "qkv"; gate and up one kernel "gate_up" (Phi 3)
-    learned_positions: bool = False  # a table added to the embeddings (GPT 2)
-    sinks: bool = False  # every head has a score that takes weight and gives nothing (gpt-oss)
-    moe: MoE | None = None
-    labels: int = 0  # 0 predicts tokens; 1 scores texts: a reward model, with `score` in the output layer's place
-
-    def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads cannot share {self.kv_heads} key heads; the one must divide the other"
-            )
-
-
-class Cache(NamedTuple):
-    """Keys and values of what was read so far; slot s of a row holds its token at position s."""
-
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-
-
-class Model(NamedTuple):
-    """A model as pure functions, in the manner of `optax.GradientTransformation`.
-
-    variables is {"params": ..., "lora": ..., "packed": ...}: the second only with an adapter, the third only where
-    kernels are packed (`quant`) instead of being parameters. Where an adapter is on the output layer, features and
-    table are wider than D by its rank (see `adapter.widen`). `reads` is, for rows of pairs, the segment that each token
-    sees beside its own (`types.reads`).
-    """
-
-    config: "DecoderConfig | EncoderConfig"
-    init: Callable[[Key], Tree]  # key -> params
-    features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None, reads=None)
-    learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
-    output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features, or raises
-    extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache)
-    cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
-
-
-def logits(model: Model, variables: Mapping, features: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Scores of every token, in float32. For training use `losses.logprobs`, which never keeps all of them."""
-    table, cap = model.output(variables).astype(features.dtype), model.config.logit_soft_cap
-    scores = jnp.einsum("btd,vd->btv", features, table, preferred_element_type=jnp.float32) * model.config.logit_scale
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
-
-
-class Turn(NamedTuple):
-    """Cosine and sine of the angles by which queries and keys turn; `slots` where the cache holds keys unturned."""
-
-    tokens: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
-    slots: tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]] | None = None
-
-
-def _norm(c: DecoderConfig, name: str | None = None) -> nn.Module:
-    return LayerNorm(c.norm_eps, name=name) if c.norm == "layer" else RMSNorm(c.norm_eps, c.norm_from_zero, name=name)
-
-
-class Attention(nn.Module):
-    config: DecoderConfig
-    lora_dropout: float
-    out_init: Callable
-
-    @nn.compact
-    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None, slots):
-        c = self.config
-        B, T, _ = x.shape
-        dense = lambda name, n: Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
-        counts = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
-        if c.fused:
-            ends = np.cumsum(list(counts.values()))
-            parts = jnp.split(dense("qkv", ends[-1]), ends[:-1] * c.head_dim, axis=-1)
-        else:
-            parts = [dense(name, n) for name, n in counts.items()]
-
-        def heads(name: str, y: Array) -> Array:
-            normed = bool(c.qk_norm) and name != "v"
-            norm = RMSNorm(c.norm_eps, c.norm_from_zero, name=f"{name}_norm") if normed else lambda y: y
-            split = lambda y: y.reshape(B, T, counts[name], c.head_dim)
-            return split(norm(y)) if c.qk_norm == "all" else norm(split(y))
-
-        q, k, v = (heads(name, y) for name, y in zip(counts, parts, strict=True))
-        sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.sinks else None
-        how = {"sinks": sinks, "scale": c.attn_scale, "soft_cap": c.attn_soft_cap}
-        q = rotary.rotate(q, *turn.tokens)
-        k = k if turn.slots else rotary.rotate(k, *turn.tokens)
-        if cache is None:
-            out = attend(q, k, v, where, where, window, **how, ordered=True)
-        else:
-            rows = jnp.arange(B)[:, None]
-            cache = Cache(cache.k.at[rows, where.positions].set(k), cache.v.at[rows, where.positions].set(v))
-            keys = rotary.rotate(cache.k, *turn.slots) if turn.slots else cache.k
-            out = attend(q, keys, cache.v, where, slots, window, **how)
-        out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
-        return out, cache
-
-
-class Block(nn.Module):
-    config: DecoderConfig
-    lora_dropout: float = 0.0
-    mixed: bool = False  # a mixture of experts in the MLP's place
-    mesh: Mesh | None = None
-
-    @nn.compact
-    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None = None, slots: Where | None = None):
-        c = self.config
-        # Residual outputs start smaller, so that the sum over layers does not (Radford et al. 2019, section 2.3).
-        out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
-        norm = lambda name, on: _norm(c, name) if on else lambda x: x
-        add = lambda x, y: x + y if c.residual_scale == 1 else x + c.residual_scale * y
-        attn = Attention(c, self.lora_dropout, out_init, name="attn")
-        y, cache = attn(norm("attn_norm", c.pre_norm)(x), turn, where, window, cache, slots)
-        x = add(x, norm("attn_post_norm", c.post_norm)(y))
-        y, routing = norm("mlp_norm", c.pre_norm)(x), None
-        if self.mixed and c.moe is not None:
-            mixture = Mixture(c.moe, c.activation, self.lora_dropout, out_init, self.mesh, name="moe")
-            y, routing = mixture(y, where.segments > 0)
-        else:
-            make = functools.partial(GatedMLP, fused=c.fused) if c.gated else MLP
-            y = make(c.mlp_hidden, c.activation, c.mlp_bias, self.lora_dropout, out_init, name="mlp")(y)
-        return add(x, norm("mlp_post_norm", c.post_norm)(y)), cache, routing
-
-
-def span(name: str) -> range:
-    """The layers that a stack holds, from its name.
-
-    Example:
-      >>> span("6-7")
-      range(6, 8)
-    """
-    first, last = name.split("-")
-    return range(int(first), int(last) + 1)
-
-
-def split(params: Tree, at: int) -> Tree:
-    """Cuts the stack of layers before layer `at`, so that lower and upper layers can differ in what trains.
-
-    Args:
-      params: the parameters, or shapes of them; or another tree of stacks beside them, such as packed kernels.
-      at: the first layer of the upper part.
-
-    Returns:
-      params with one more stack; unchanged where a stack already begins there.
-
-    Raises:
-      ValueError: no such layer.
-
-    Example:
-      >>> list(split({"blocks": {"0-3": {"w": jnp.zeros((4, 2))}}}, 3)["blocks"])
-      ['0-2', '3-3']
-    """
-    stacks = {}
-    total = max(span(name).stop for name in params["blocks"])
-    if not 0 <= at <= total:
-        raise ValueError(f"cannot cut before layer {at}; the model has layers 0 to {total - 1}")
-    for name, stack in params["blocks"].items():
-        layers = span(name)
-        if layers.start < at < layers.stop:
-            cut = at - layers.start
-            stacks[f"{layers.start}-{at - 1}"] = jax.tree.map(lambda x, cut=cut: x[:cut], stack)
-            stacks[f"{at}-{layers.stop - 1}"] = jax.tree.map(lambda x, cut=cut: x[cut:], stack)
-        else:
-            stacks[name] = stack
-    return {**params, "blocks": stacks}
-
 
 def stacks(config: DecoderConfig) -> dict[str, bool]:
     """The stacks that hold the layers, by name, and whether theirs have a mixture of experts.
 
     Example:
+      >>> from jaxsft.models.moe import MoE
       >>> config = DecoderConfig(32, 8, 16, 5, 2, 1, 4, 64, moe=MoE(experts=4, active=2, hidden=8, dense=(0,)))
       >>> stacks(config)
       {'0-0': False, '1-4': True}
@@ -273,7 +66,7 @@ def _init(config: DecoderConfig, key: Key) -> Tree:
     params = {
         "embed": {"table": table(key_embed)},
         "blocks": blocks,
-        "norm": _norm(config).init(key, x)["params"],
+        "norm": norm_of(config).init(key, x)["params"],
     }
     if config.learned_positions:
         params["embed"]["positions"] = table(jax.random.fold_in(key_embed, 1), config.max_position)
@@ -282,14 +75,6 @@ def _init(config: DecoderConfig, key: Key) -> Tree:
     elif not config.tied:
         params["head"] = {"table": table(key_head)}
     return params
-
-
-def by_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
-    """Says that activations are cut as the batch is; the cut of the embedding's features would spread otherwise."""
-    axes = ("data", "fsdp")
-    if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in axes):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, None, None)))
 
 
 def _lengths(where: Where, cached: bool) -> Int[Array, "B T"]:
@@ -372,7 +157,7 @@ def build(
     if remat not in REMAT:
         raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
     blocks = {mixed: Block(config, lora_dropout, mixed, mesh) for mixed in (False, True)}
-    final_norm = _norm(config)
+    final_norm = norm_of(config)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
     def embed(embedding: Mapping, low: Mapping, tokens: Array, positions: Array, cached: bool) -> Array:

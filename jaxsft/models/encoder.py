@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxsft.models.attention import Where, attend
-from jaxsft.models.decoder import REMAT, Model, by_rows, span
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm
+from jaxsft.models.model import REMAT, Model, by_rows, span
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 

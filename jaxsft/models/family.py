@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import PartitionSpec
 
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.rope import KINDS, Rope
 

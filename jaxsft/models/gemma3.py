@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Reader, read_types, to_rope, with_windows
 from jaxsft.models.gemma import read_gemma
 from jaxsft.models.gemma2 import NAMES

@@ -6,7 +6,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import SCORE, Family, Name, Reader, dense, norm, read_labels
 from jaxsft.models.llama import RULES
 from jaxsft.models.rope import Rope

@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jaxsft.models import llama
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Name, Reader, Rules, dense, read_shape, read_types, to_rope, with_windows
 from jaxsft.models.llama import LAYER
 from jaxsft.models.mixtral import RULES as MOE_RULES

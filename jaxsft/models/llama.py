@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import SCORE, Family, Name, Reader, Rules, dense, read_shape
 
 

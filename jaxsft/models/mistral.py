@@ -6,7 +6,7 @@ Source: Jiang et al. 2023, arXiv:2310.06825.
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Reader, read_shape, with_windows
 from jaxsft.models.llama import NAMES, RULES
 

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jaxsft.models import llama
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Name, Reader, Rules, dense, read_rope, read_shape, with_windows
 from jaxsft.models.llama import LAYER
 from jaxsft.models.moe import MoE

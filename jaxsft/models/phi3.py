@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsft.models import llama
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Name, Reader, dense, read_shape, to_rope, with_windows
 from jaxsft.models.llama import LAYER, RULES
 from jaxsft.models.rope import Rope

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsft.models import llama
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Name, Reader, dense, read_shape, read_types, with_windows
 from jaxsft.models.llama import LAYER
 from jaxsft.models.mixtral import RULES

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models.decoder import DecoderConfig
+from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Reader, read_rope, read_shape, read_types, with_windows
 from jaxsft.models.llama import NAMES, RULES
 from jaxsft.models.rope import Rope
