@@ -61,3 +61,15 @@ def test_a_run_without_samples_or_steps_ends_too(wide, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "held-out" not in shown
     assert "metrics.jsonl" in shown
+
+
+def test_other_metrics_are_drawn_where_there_are_some(tmp_path):
+    rows = [{"step": 0, "eval_loss": 2.0, "eval_margin": 0.0}]
+    rows += [{"step": i, "loss": 1.0, "learning_rate": 1.0, "margin": 0.1 * i, "kl": 0.0} for i in range(1, 30)]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.plot_metrics(metrics, tmp_path / "metrics.png")
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    metrics.write_text('{"step": 1, "loss": 1.0}\n')
+    assert not report.plot_metrics(metrics, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

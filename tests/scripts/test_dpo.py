@@ -160,6 +160,14 @@ def test_with_full_tuning_the_reference_stays_what_it_was(run_here, small, pairs
     assert lines[-1]["margin"] > 0
 
 
+def test_over_a_packed_base_in_bfloat16_the_loss_begins_at_log_2_too(run_here, small, pairs, tmp_path):
+    more = {"model.quantise": "nf4", "model.dtype": "bfloat16", "model.remat": "block", "train.max_steps": 2}
+    run_here("dpo", *arguments(small, pairs, tmp_path / "run", **more, **{"export.merged": "false", "run.samples": 0}))
+    first, second = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line)
+    assert first["loss"] == pytest.approx(LN2, abs=1e-7)
+    assert second["margin"] > 0
+
+
 def test_rows_of_another_kind_are_refused_by_file_and_line(run_here, small, rows, pairs, tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl line 1: .*a conversation .*preferences, with chosen and rejected"):
         run_here("dpo", *arguments(small, rows, tmp_path))
