@@ -1,4 +1,4 @@
-"""The rows of docs/data.md, rendered: what the page shows is what the code does."""
+"""What the pages of docs/ show is what the code does."""
 
 import json
 import re
@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 import jaxsft
-from jaxsft import data, hub, losses
+from jaxsft import data, hub, losses, models
 from jaxsft.data.render import encode
 from jaxsft.data.script import scripts
 
-PREFERENCE = Path(__file__).parents[1] / "docs" / "preference.md"
-PAGE = Path(__file__).parents[1] / "docs" / "data.md"
+from .parity import model_table
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PREFERENCE = DOCS / "preference.md"
+PAGE = DOCS / "data.md"
 BLOCK = re.compile(r"```json\n(.*?)\n```\n\n```text\n(.*?)\n```", re.DOTALL)
 BLOCKS = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
 
@@ -50,3 +54,20 @@ def test_the_page_shows_a_row_of_every_format():
 def test_the_page_of_preferences_lists_every_loss():
     page = PREFERENCE.read_text(encoding="utf-8")
     assert [name for name in [*losses.PREFERENCE, *losses.UNPAIRED] if f"`{name}`" not in page] == []
+
+
+def test_the_page_of_models_is_the_registry_with_errors_that_were_measured():
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    errors = model_table.measured(page)
+    assert set(errors) == set(models.FAMILIES)
+    assert model_table.BEGIN + model_table.table(errors) + model_table.END in page
+    for family, (error, configurations) in errors.items():
+        assert 0 < error < 1e-4, family
+        assert configurations >= 3, family
+
+
+def test_the_family_that_the_page_shows_is_the_one_there_is():
+    page = (DOCS / "add_a_model.md").read_text(encoding="utf-8")
+    shown = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert shown
+    assert shown[1] == (ROOT / "jaxsft" / "models" / "olmo2.py").read_text(encoding="utf-8")

@@ -127,4 +127,9 @@ FAMILY = Family(
     ),
     unused=(r"(bert\.)?pooler\..*", r"cls\.seq_relationship\..*"),
     task=None,
+    checkpoints=(
+        "google-bert/bert-base-uncased",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "BAAI/bge-small-en-v1.5",
+    ),
 )

@@ -55,6 +55,7 @@ class Family(NamedTuple):
     unused: tuple[str, ...] = ()  # patterns over names of tensors that nothing here computes with: copied as they are
     task: str | None = "CAUSAL_LM"  # PEFT's word for what the model does
     classifier: str = ""  # transformers' class of reward models, where it has one
+    checkpoints: tuple[str, ...] = ()  # some on the hub whose config.json is one of the family's, for docs/models.md
 
 
 # Bookkeeping, training-time and generation-time keys: none changes the logits of a loaded model.

@@ -39,4 +39,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return shape
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="GemmaForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="GemmaForSequenceClassification",
+    checkpoints=(
+        "google/gemma-2b-it",
+        "google/gemma-7b-it",
+    ),
+)

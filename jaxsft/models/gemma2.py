@@ -41,4 +41,13 @@ OTHER = {
 NAMES = tuple(name for name in LLAMA if name.path not in OTHER)
 NAMES += tuple(Name(path, f"model.layers.{{layer}}.{name}.weight") for path, name in OTHER.items())
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Gemma2ForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Gemma2ForSequenceClassification",
+    checkpoints=(
+        "google/gemma-2-2b-it",
+        "google/gemma-2-9b-it",
+    ),
+)

@@ -51,4 +51,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, [window if kind == "sliding_attention" else None for kind in types])
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Gemma3TextForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Gemma3TextForSequenceClassification",
+    checkpoints=(
+        "google/gemma-3-270m-it",
+        "google/gemma-3-1b-it",
+    ),
+)

@@ -65,5 +65,14 @@ NAMES: tuple[Name, ...] = (
 
 TIED = ("lm_head.weight", "transformer.wte.weight")
 FAMILY = Family(
-    read_config, NAMES, RULES, prefix="transformer.", copies=(TIED,), classifier="GPT2ForSequenceClassification"
+    read_config,
+    NAMES,
+    RULES,
+    prefix="transformer.",
+    copies=(TIED,),
+    classifier="GPT2ForSequenceClassification",
+    checkpoints=(
+        "openai-community/gpt2",
+        "distilbert/distilgpt2",
+    ),
 )

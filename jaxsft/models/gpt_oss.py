@@ -63,4 +63,6 @@ NAMES: tuple[Name, ...] = (
 )
 RULES: Rules = (*MOE_RULES, ("blocks/[^/]+/attn/sinks", P(None, None)))
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="GptOssForSequenceClassification")
+FAMILY = Family(
+    read_config, NAMES, RULES, classifier="GptOssForSequenceClassification", checkpoints=("unsloth/gpt-oss-20b-BF16",)
+)

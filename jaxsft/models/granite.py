@@ -30,4 +30,12 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return shape
 
 
-FAMILY = Family(read_config, NAMES, RULES)
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    checkpoints=(
+        "ibm-granite/granite-3.3-2b-instruct",
+        "ibm-granite/granite-3.3-8b-instruct",
+    ),
+)

@@ -54,4 +54,14 @@ RULES: Rules = (
     ("score/kernel", P("fsdp", None)),
 )
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="LlamaForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="LlamaForSequenceClassification",
+    checkpoints=(
+        "meta-llama/Llama-3.2-1B-Instruct",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+)

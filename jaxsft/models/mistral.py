@@ -20,4 +20,10 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, [window] * shape.layers)
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="MistralForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="MistralForSequenceClassification",
+    checkpoints=("mistralai/Mistral-7B-Instruct-v0.3",),
+)

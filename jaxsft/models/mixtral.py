@@ -52,4 +52,10 @@ RULES: Rules = (
     ("blocks/[^/]+/moe/shared/down/kernel", P(None, "tensor", "fsdp")),
 )
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="MixtralForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="MixtralForSequenceClassification",
+    checkpoints=("mistralai/Mixtral-8x7B-Instruct-v0.1",),
+)

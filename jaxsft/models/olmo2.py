@@ -22,4 +22,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return dataclasses.replace(shape, qkv_bias=bias, out_bias=bias, **how)
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Olmo2ForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Olmo2ForSequenceClassification",
+    checkpoints=(
+        "allenai/OLMo-2-0425-1B-Instruct",
+        "allenai/OLMo-2-1124-7B-Instruct",
+    ),
+)

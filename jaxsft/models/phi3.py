@@ -46,4 +46,13 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/mlp/gate_up", f"{LAYER}.mlp.gate_up_proj"),
 )
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Phi3ForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Phi3ForSequenceClassification",
+    checkpoints=(
+        "microsoft/Phi-3.5-mini-instruct",
+        "microsoft/phi-4",
+    ),
+)

@@ -31,4 +31,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(dataclasses.replace(shape, qkv_bias=True), windows)
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen2ForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Qwen2ForSequenceClassification",
+    checkpoints=(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        "Qwen/Qwen2.5-7B-Instruct",
+    ),
+)

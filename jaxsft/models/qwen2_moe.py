@@ -59,4 +59,10 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/moe/shared_gate", f"{LAYER}.mlp.shared_expert_gate"),
 )
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen2MoeForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Qwen2MoeForSequenceClassification",
+    checkpoints=("Qwen/Qwen1.5-MoE-A2.7B-Chat",),
+)

@@ -24,4 +24,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, windows)
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen3ForSequenceClassification")
+FAMILY = Family(
+    read_config,
+    NAMES,
+    RULES,
+    classifier="Qwen3ForSequenceClassification",
+    checkpoints=(
+        "Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-8B",
+    ),
+)

@@ -26,4 +26,6 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, [window] * shape.layers)
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="Qwen3MoeForSequenceClassification")
+FAMILY = Family(
+    read_config, NAMES, RULES, classifier="Qwen3MoeForSequenceClassification", checkpoints=("Qwen/Qwen3-30B-A3B",)
+)

@@ -30,4 +30,8 @@ FAMILY = Family(
     ),
     unused=(r"(roberta\.)?pooler\..*",),
     task=None,
+    checkpoints=(
+        "FacebookAI/roberta-base",
+        "sentence-transformers/all-distilroberta-v1",
+    ),
 )

@@ -35,4 +35,6 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return with_windows(shape, [window if kind == "sliding_attention" else None for kind in types])
 
 
-FAMILY = Family(read_config, NAMES, RULES, classifier="SmolLM3ForSequenceClassification")
+FAMILY = Family(
+    read_config, NAMES, RULES, classifier="SmolLM3ForSequenceClassification", checkpoints=("HuggingFaceTB/SmolLM3-3B",)
+)

@@ -87,6 +87,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-wide-heads": ("LlamaConfig", {"head_dim": 20}),
     "mistral-no-window": ("MistralConfig", {"sliding_window": None}),
     "mistral-window": ("MistralConfig", {"sliding_window": 11}),
+    "mistral-tied-wide-heads": ("MistralConfig", {"sliding_window": 5, "head_dim": 20, "tie_word_embeddings": True}),
     "qwen2-untied": ("Qwen2Config", {}),
     "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2-mixed-windows": ("Qwen2Config", MIXED),
