@@ -109,3 +109,20 @@ def test_the_shift_is_the_mean_reward_of_what_exists(answers):
     bad = answers._replace(answer=jnp.where(exists, answers.answer, jnp.nan), exists=exists)
     rewards = [BETA * (float(answers.answer[i]) - float(answers.ref_answer[i])) for i in range(4)]
     assert float(bco_shift(bad, beta=BETA)) == pytest.approx(sum(rewards) / 4, rel=1e-5)
+
+
+def test_bco_has_the_numbers_of_the_first_step_of_trls_trainer():
+    """As BCOTrainer.bco_loss of TRL 1.10 computes them; TRL 1.16 has no such trainer."""
+    policy, reference = jnp.array([1.5, -2.0, 0.25, -4.0, 3.0]), jnp.array([0.5, -1.0, 2.25, -9.0, 0.0])
+    label = jnp.array([True, True, False, True, False])
+
+    def loss(policy):
+        answers = ScoredAnswers(policy, reference, label, jnp.ones(5, bool))
+        delta = bco_shift(answers, beta=0.3)
+        return bco(answers, delta=delta, beta=0.3)[0].mean(), delta
+
+    (value, delta), slope = jax.value_and_grad(loss, has_aux=True)(policy)
+    assert float(delta) == pytest.approx(0.36, rel=1e-6)
+    assert float(value) == pytest.approx(0.6802137494, rel=1e-6)
+    expected = [-0.0308997333, -0.0395556241, 0.0166126937, -0.0145392232, 0.0379087478]
+    np.testing.assert_allclose(slope, expected, rtol=1e-6)
