@@ -33,7 +33,8 @@ def lines() -> dict[str, str]:
 
 def table(errors: Mapping[str, tuple[float, int]]) -> str:
     """The table; errors: name -> (largest error, configurations)."""
-    head = "| `model_type` | what it is | checkpoints of this kind | reward model | largest error |\n|---|---|---|---|---|\n"
+    head = "| `model_type` | what it is | checkpoints of this kind | reward model | largest error |\n"
+    head += "|---|---|---|---|---|\n"
     rows = [f"{line} {errors[name][0]:.1e} of {errors[name][1]} |\n" for name, line in lines().items()]
     return head + "".join(rows)
 
