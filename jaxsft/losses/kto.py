@@ -122,8 +122,9 @@ def bco(answers: ScoredAnswers, *, delta: Float[Array, ""] | float, beta: float 
 def bco_shift(answers: ScoredAnswers, beta: float = 0.1) -> Float[Array, ""]:
     """The mean reward of the step's answers, without gradient.
 
-    TRL (1.10; 1.16 has no BCO) and LLaMA-Factory keep a mean over all steps so far, which this equals at the first. Here a step means
-    the same whenever it comes, and nothing but the model is to be saved for a run to resume bit by bit.
+    TRL (1.10; 1.16 has no BCO) and LLaMA-Factory keep a mean over all steps so far, which this equals at the first.
+    Here a step means the same whenever it comes, and nothing but the model is to be saved for a run to resume bit by
+    bit.
 
     Example:
       >>> ratio, label = jnp.array([10.0, 30.0]), jnp.array([True, False])
