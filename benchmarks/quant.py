@@ -50,11 +50,11 @@ def write_checkpoint(folder: Path, shape: dict) -> None:
     family, config = hub.read_config(folder)
     draw, dtype, tensors = np.random.default_rng(0), jnp.dtype(shape.get("torch_dtype", "float32")), []
     for path, leaf in tree.flat(hub.shapes(config)).items():
-        here, transposed = names.leaf_names(family, path)
-        size = leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
+        here, transposed = names.leaf_names(family, path, leaf.shape)
+        size = leaf.shape[here.ndim :]
         size = size[::-1] if transposed else size
         make = lambda size=size: (0.02 * draw.standard_normal(size, np.float32)).astype(dtype)
-        tensors += [files.Tensor(name, size, dtype, make) for name in here]
+        tensors += [files.Tensor(name, size, dtype, make) for name in here.flat]
     files.write(folder, tensors, shard_gb=0.2)
 
 

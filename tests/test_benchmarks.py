@@ -1,0 +1,24 @@
+"""What the benchmarks share: a checkpoint of random weights."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxsft import hub
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_a_checkpoint_of_random_weights_loads(kind, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quant
+
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if kind == "mixtral" else {}
+    quant.write_checkpoint(tmp_path, {"model_type": kind, **SMALL, **HEADS, **experts})
+    _, variables = hub.load_variables(str(tmp_path))
+    expected = hub.shapes(hub.read_config(tmp_path)[1])
+    assert jax.tree.map(lambda x: x.shape, variables["params"]) == jax.tree.map(lambda x: x.shape, expected)
