@@ -250,6 +250,7 @@ def tokenise(
         raise
     meta = {"source": job.source.path, "formats": dict(seen), "bad": [list(one) for one in bad], "dropped": count}
     meta |= {"truncated": truncated, "longest": list(longest), "documents": writer.documents, "rows": writer.rows}
+    meta |= {"largest": writer.largest}
     return writer.finish(meta), False, name
 
 
