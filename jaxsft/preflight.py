@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsft import hub, losses, optim, report, sharding, train, tree, tuning
-from jaxsft.models import Model
+from jaxsft.models import TABLES, Model
 from jaxsft.objectives import Objective, Pairwise
 from jaxsft.tree import Tree
 from jaxsft.types import Pairs, State, Tokens
@@ -153,7 +153,11 @@ def measure(work: Work, sections: Sections) -> Need:
     """
     s, (mesh, stands_in) = sections, _mesh(sections.mesh)
     family, shape = hub.read_config(hub.resolve(s.model.path), work.labels or None)
-    plan = tuning.plan(s.tuning, shape.layers, also=["score/.*"] * bool(work.labels))
+    new, vocabulary = {"tokens": s.model.new_tokens, "special": s.model.new_special_tokens}, None
+    if any(new.values()):
+        _, vocabulary = hub.load_vocabulary(s.model.path, **new, multiple=s.model.vocab_multiple)
+    also = ["score/.*"] * bool(work.labels) + [TABLES] * bool(vocabulary)
+    plan = tuning.plan(s.tuning, shape.layers, also=also)
     model, base = hub.abstract(
         s.model.path,
         mesh,
@@ -164,6 +168,7 @@ def measure(work: Work, sections: Sections) -> Need:
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
         quantise=s.model.quantise,
         labels=work.labels or None,
+        vocabulary=vocabulary,
     )
     trainable, frozen = tuning.apply(plan, base, jax.random.key(0), mesh=mesh, rules=family.rules)
     if work.reference and "params" in trainable:
@@ -193,7 +198,7 @@ def measure(work: Work, sections: Sections) -> Need:
         moments,
         tokens,
         max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
-        4 * shape.vocab_size * min(at_once, s.train.batch_size * s.length) // shards,
+        4 * model.config.vocab_size * min(at_once, s.train.batch_size * s.length) // shards,
         tuning.count(trainable, frozen),
         tree.count(trainable),
     )

@@ -40,8 +40,10 @@ def save(
     if config.merged:
         written["merged"] = folder / "merged"
         hub.merge(base, str(written["merged"]), adapter=adapter, trained=params, shard_gb=config.shard_gb)
-    for path in written.values() if family.task else ():  # nobody asks an encoder
-        hub.save_template(path, tokenizer)
+    for path in written.values():
+        hub.save_tokens(path, tokenizer, base)
+        if family.task:  # nobody asks an encoder
+            hub.save_template(path, tokenizer)
     if config.merged and quantise != "none":
         report.summary("merged", merged_into(base, quantise))
     return written

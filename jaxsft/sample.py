@@ -95,7 +95,8 @@ def generate(
       the new tokens of each prompt.
 
     Raises:
-      ValueError: no prompt, an empty one, more tokens than the model has positions, no key where one is needed.
+      ValueError: no prompt, an empty one, more tokens than the model has positions, a token that it does not have, no
+        key where one is needed.
 
     Example:
       >>> import jaxsft
@@ -103,7 +104,7 @@ def generate(
       >>> len(generate(model, {"params": params}, [[5, 6], [7]], max_new_tokens=4)[1])
       4
     """
-    tokens, lengths = _align(model, prompts, max_new_tokens)
+    tokens, lengths = _align(model, variables, prompts, max_new_tokens)
     out, sizes = _generate(
         model,
         variables,
@@ -137,7 +138,7 @@ def stream(
       >>> len(list(stream(model, {"params": params}, [5, 6], max_new_tokens=3)))
       3
     """
-    tokens, lengths = _align(model, [prompt], max_new_tokens)
+    tokens, lengths = _align(model, variables, [prompt], max_new_tokens)
     key = _needed(key, temperature)
     scores, cache = _prefill(model, variables, tokens, lengths, _bucket(max_new_tokens))
     for i in range(max_new_tokens):
@@ -201,7 +202,7 @@ def _needed(key: Key | None, temperature: float) -> Key:
 
 
 def _align(
-    model: Model, prompts: Sequence[Sequence[int]], new: int
+    model: Model, variables: Mapping, prompts: Sequence[Sequence[int]], new: int
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError(
@@ -212,6 +213,11 @@ def _align(
         raise ValueError(
             f"a prompt of {longest} tokens and {new} new ones exceed the model's {model.config.max_position} positions;"
             " shorten the prompt or lower max_new_tokens"
+        )
+    largest, rows = max(map(max, prompts)), len(variables["params"]["embed"]["table"])
+    if largest >= rows:
+        raise ValueError(
+            f"a prompt has the token {largest}, and the model {rows} tokens; give it the tokenizer it was made with"
         )
     tokens = np.zeros((len(prompts), _bucket(longest)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

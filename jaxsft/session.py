@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxsft import checkpoint, data, hub, objectives, optim, report, run, sharding, tree, tuning
+from jaxsft import checkpoint, data, hub, models, objectives, optim, report, run, sharding, tree, tuning
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.train import Config, Prepare, fit, init, make_evaluation, make_step, place
@@ -39,7 +39,26 @@ def start(config: run.Config, mesh: sharding.Config) -> tuple[Path, Mesh]:
     return folder, sharding.mesh(**dataclasses.asdict(mesh))
 
 
-def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int, labels: int | None = None) -> Learner:
+def load_tokenizer(model: hub.Config, template: str) -> tuple[Any, hub.Vocabulary | None]:
+    """Loads a checkpoint's tokenizer with the run's new tokens and chat template, and tells the rows that they need.
+
+    Raises:
+      CheckpointError, DataError: see `hub.load_vocabulary`, `data.with_template`.
+    """
+    new = {"special": model.new_special_tokens, "multiple": model.vocab_multiple}
+    tokenizer, vocabulary = hub.load_vocabulary(model.path, model.new_tokens, **new)
+    return data.with_template(tokenizer, template), vocabulary
+
+
+def load(
+    model: hub.Config,
+    how: tuning.Config,
+    mesh: Mesh,
+    *,
+    seed: int,
+    labels: int | None = None,
+    vocabulary: hub.Vocabulary | None = None,
+) -> Learner:
     """Loads a checkpoint, and splits its variables by what learns.
 
     Args:
@@ -48,12 +67,14 @@ def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int, labels
       mesh: where it lies.
       seed: draws the adapter.
       labels: 1 for a reward model, whose score trains whatever else does; see `hub.load_variables`.
+      vocabulary: of new tokens, whose tables train whatever else does.
 
     Raises:
       CheckpointError, ValueError: see `hub.load_variables`, `tuning.plan`, `tuning.apply`.
     """
     family, shape = hub.read_config(hub.resolve(model.path), labels)
-    plan = tuning.plan(how, shape.layers, also=["score/.*"] * bool(labels))
+    also = ["score/.*"] * bool(labels) + [models.TABLES] * bool(vocabulary)
+    plan = tuning.plan(how, shape.layers, also=also)
     key_score, key_lora = jax.random.split(jax.random.key(seed)) if labels else (None, jax.random.key(seed))
     loaded, base = hub.load_variables(
         model.path,
@@ -66,15 +87,18 @@ def load(model: hub.Config, how: tuning.Config, mesh: Mesh, *, seed: int, labels
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
         labels=labels,
         key=key_score,
+        vocabulary=vocabulary,
     )
     trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
-    report.summary("model", tuning.describe(plan, trainable, frozen))
+    added = vocabulary.lines() if vocabulary else {}
+    report.summary("model", tuning.describe(plan, trainable, frozen) | added)
     return Learner(loaded, plan, trainable, frozen)
 
 
-def draw(model: hub.Config, mesh: Mesh, *, seed: int) -> Learner:
+def draw(model: hub.Config, mesh: Mesh, *, seed: int, vocabulary: hub.Vocabulary | None = None) -> Learner:
     """Makes a model of the shape that config.json describes, with random weights that all learn."""
-    made, params = hub.init(model.path, jax.random.key(seed), mesh, dtype=jnp.dtype(model.dtype), remat=model.remat)
+    kind = {"dtype": jnp.dtype(model.dtype), "remat": model.remat, "vocabulary": vocabulary}
+    made, params = hub.init(model.path, jax.random.key(seed), mesh, **kind)
     plan = tuning.plan(tuning.Config(method="full"), made.config.layers)
     report.summary("model", tuning.describe(plan, {"params": params}, {}))
     return Learner(made, plan, {"params": params}, {})
@@ -213,6 +237,7 @@ def learn(
 
     Raises:
       RunError: see `fit`; a contradicting checkpoint; a batch that the mesh cannot share out.
+      DataError: a token that the model does not have.
     """
     c, shards = config, mesh.shape["data"] * mesh.shape["fsdp"]
     if c.batch_size % (shards * c.microbatches):
@@ -220,6 +245,8 @@ def learn(
             f"train.batch_size is {c.batch_size}; it must divide by microbatches x data x fsdp = "
             f"{c.microbatches} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
         )
+    if (table := tree.flat(learner.variables).get("params/embed/table")) is not None:
+        data.expect_tokens([*rows.sources, *(held_out.sources if held_out else ())], len(table))
     steps = c.max_steps or math.ceil(c.epochs * len(rows) / c.batch_size)
     whole = None if c.max_steps or c.epochs % 1 else int(c.epochs)  # whole epochs end with a padded batch
     tx, rate = optim.build(optimizer, steps)

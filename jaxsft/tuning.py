@@ -84,7 +84,7 @@ def plan(config: Config, depth: int, also: Sequence[str] = ()) -> Plan:
                 raise ValueError("tuning.layers is for tuning.method lora or partial; the method is full")
             return Plan("params/.*", None, None)
         case "partial":
-            if not stack and not config.trainable:
+            if not stack and not patterns:
                 raise ValueError("tuning.method partial needs tuning.layers or tuning.trainable")
             return Plan([f"params/blocks/{stack}/.*"] * bool(stack) + patterns, cut, None)
         case _:
@@ -132,7 +132,10 @@ def apply(plan: Plan, base: Mapping, key: Key, *, mesh: Mesh, rules: sharding.Ru
     for layer in lora.layers(trainable.get("lora", {})):
         table = "embed/table" if layer == "head" and tied else f"{layer}/table"
         if twice := {f"{layer}/kernel", table} & learns:
-            raise ValueError(f"{twice.pop()} is in tuning.trainable and has an adapter; take it out of one of the two")
+            raise ValueError(
+                f"{twice.pop()} is in tuning.trainable and has an adapter; take it out of one of the two (new tokens "
+                "train the tables, and then it must be tuning.lora.targets)"
+            )
     return trainable, frozen
 
 

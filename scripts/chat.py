@@ -81,7 +81,8 @@ def voices(cfg: Config, model, base: dict) -> dict[str, Voice]:
                 raise run.RunError(f"{folder} is the adapter of a reward model, which scores texts and writes none")
             variables = base | jax.tree.map(jnp.asarray, lora.attach(base["params"], adapter))
         template = cfg.template or (hub.adapter_template(folder) if folder else "")
-        tokenizer = data.with_template(hub.load_tokenizer(cfg.model), template)
+        tokenizer = hub.adapter_tokenizer(folder, cfg.model) if folder else hub.load_tokenizer(cfg.model)
+        tokenizer = data.with_template(tokenizer, template)
         found[name] = Voice(variables, tokenizer, hub.stop_tokens(cfg.model, tokenizer))
     return found
 

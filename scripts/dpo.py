@@ -73,18 +73,18 @@ def main(cfg: Config) -> None:
     folder, mesh = session.start(cfg.run, cfg.mesh)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)
     kind = "unpaired" if cfg.preference.unpaired else "preference"
     rows, held_out, found = data.load_pairs(cfg.data, tokenizer, kind, share_prompt=models.shares_prompts(shape))
     report.summary("data", dict(found.lines()))
 
     # ---- what learns, and what it is compared with ---------------------------------------------------------------
-    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed)
+    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed, vocabulary=vocabulary)
     if live:
         learner = session.with_reference(learner)
     elif cfg.preference.needs_reference == "precomputed":
         key = f"{hub.digest(hub.resolve(cfg.model.path))} {cfg.model.dtype} {cfg.model.quantise}"
-        key += f" {cfg.preference.ld_alpha}"
+        key += f" {cfg.preference.ld_alpha} {learner.model.config.vocab_size}"
         said = objectives.said(learner.model, ld_alpha=cfg.preference.ld_alpha)
         how = {"batch_size": cfg.train.batch_size, "mesh": mesh, "cache": data.cache(cfg.data), "key": key}
         rows = session.precompute(said, learner, rows, **how)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxsft import config, data, hub, report, run, sections
+from jaxsft import config, data, report, run, sections, session
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
     if kind == "image":
         images(cfg)
         return
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    tokenizer, _ = session.load_tokenizer(cfg.model, cfg.data.template)
     if kind in ("preference", "unpaired"):
         rows, _, found = data.load_pairs(cfg.data, tokenizer, kind)
     elif kind == "prompt":

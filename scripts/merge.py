@@ -76,12 +76,16 @@ def main(cfg: Config) -> None:
         base, template = base or saved["model.path"], saved.get("data.template", "")
         quantise = saved.get("model.quantise", "none")
         adapter, trained = of_checkpoint(leaves, base, saved)
+        tokens, special = (saved.get(f"model.{key}", []) for key in ("new_tokens", "new_special_tokens"))
+        tokenizer, _ = hub.load_vocabulary(base, tokens, special=special)
     else:
         adapter, trained = of_folders(cfg)
-        template = hub.adapter_template(cfg.adapter if isinstance(cfg.adapter, str) else cfg.adapter[0])
+        first = cfg.adapter if isinstance(cfg.adapter, str) else cfg.adapter[0]
+        tokenizer, template = hub.adapter_tokenizer(first, base), hub.adapter_template(first)
     files = hub.merge(base, cfg.out, adapter=adapter, trained=trained, shard_gb=cfg.shard_gb)
+    hub.save_tokens(Path(cfg.out), tokenizer, base)
     if hub.read_config(hub.resolve(base))[0].task:  # nobody asks an encoder
-        hub.save_template(Path(cfg.out), data.with_template(hub.load_tokenizer(base), template))
+        hub.save_template(Path(cfg.out), data.with_template(tokenizer, template))
     written = {"written to": cfg.out, "files": len(files), "size": report.size(Path(cfg.out))}
     report.summary("merged", results.merged_into(base, quantise) | written)
 

@@ -14,7 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxsft import config, data, hub, models, objectives, preflight, report, results, run, sample, sections, session
+from jaxsft import (
+    config,
+    data,
+    hub,
+    models,
+    objectives,
+    preflight,
+    report,
+    results,
+    run,
+    sample,
+    sections,
+    session,
+    tree,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,12 @@ def check(cfg: Config, shape: models.ModelConfig) -> None:
         raise run.RunError(
             f"init random needs model.quantise none, not {cfg.model.quantise}: what learns is not packed"
         )
+    tables = cfg.model.new_tokens or cfg.model.new_special_tokens or tree.matches(cfg.tuning.trainable, "embed/table")
+    if isinstance(shape, models.EncoderConfig) and tables and cfg.tuning.method == "lora" and cfg.export.adapter:
+        raise run.RunError(
+            "the embedding trains, which is the output layer of an encoder as well, and PEFT's folders cannot hold "
+            "that; set export.adapter to false and take the merged model, or tuning.method to full"
+        )
     if cfg.train.whole_words and cfg.train.objective == "causal":
         raise run.RunError("train.whole_words is for train.objective masked; the objective is causal")
 
@@ -53,7 +73,7 @@ def main(cfg: Config) -> None:
     # ---- where: the folder, the devices --------------------------------------------------------------------------
     _, shape = hub.read_config(hub.resolve(cfg.model.path))
     check(cfg, shape)
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)
     gaps = data.masking(tokenizer, whole_words=cfg.train.whole_words) if cfg.train.objective == "masked" else None
     learning: Callable[..., objectives.Objective] = objectives.supervised
     if gaps:
@@ -70,9 +90,9 @@ def main(cfg: Config) -> None:
 
     # ---- what learns ---------------------------------------------------------------------------------------------
     if cfg.init == "random":
-        learner = session.draw(cfg.model, mesh, seed=cfg.train.seed)
+        learner = session.draw(cfg.model, mesh, seed=cfg.train.seed, vocabulary=vocabulary)
     else:
-        learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed)
+        learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed, vocabulary=vocabulary)
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
     asked = (data.blanks if gaps else data.questions)(held_out, tokenizer, cfg.run.samples) if held_out else []
@@ -100,6 +120,7 @@ def main(cfg: Config) -> None:
     if cfg.init == "random":  # there is no base to merge into
         merged = folder / "merged"
         hub.export(str(merged), learner.trainable["params"], source=cfg.model.path, shard_gb=cfg.export.shard_gb)
+        hub.save_tokens(merged, tokenizer, cfg.model.path)
         written = {"merged": merged}
     else:
         kept = {"tokenizer": tokenizer, "config": cfg.export, "quantise": cfg.model.quantise}

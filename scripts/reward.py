@@ -63,13 +63,13 @@ def main(cfg: Config) -> None:
     folder, mesh = session.start(cfg.run, cfg.mesh)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)
     shared = models.shares_prompts(shape)
     rows, held_out, found = data.load_pairs(cfg.data, tokenizer, "preference", share_prompt=shared)
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
-    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed, labels=1)
+    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed, labels=1, vocabulary=vocabulary)
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
     pairwise = learning(learner.model)

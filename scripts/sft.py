@@ -38,12 +38,12 @@ def main(cfg: Config) -> None:
     folder, mesh = session.start(cfg.run, cfg.mesh)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
-    tokenizer = data.with_template(hub.load_tokenizer(cfg.model.path), cfg.data.template)
+    tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)
     rows, held_out, found = data.load(cfg.data, tokenizer)
     report.summary("data", dict(found.lines()))
 
     # ---- what learns ---------------------------------------------------------------------------------------------
-    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed)
+    learner = session.load(cfg.model, cfg.tuning, mesh, seed=cfg.train.seed, vocabulary=vocabulary)
 
     # ---- learn, and see what changed -----------------------------------------------------------------------------
     asked = data.questions(held_out, tokenizer, cfg.run.samples) if held_out else []

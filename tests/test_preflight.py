@@ -33,13 +33,16 @@ def real(sections):
     """The variables and the state of the run itself."""
     mesh = sharding.mesh(*dataclasses.astuple(sections.mesh), devices=jax.devices()[: sections.mesh.data * 4 or 1])
     family, shape = hub.read_config(Path(sections.model.path))
-    plan = tuning.plan(sections.tuning, shape.layers)
+    new, multiple = sections.model.new_tokens, sections.model.vocab_multiple
+    _, vocabulary = hub.load_vocabulary(sections.model.path, new, multiple=multiple)
+    plan = tuning.plan(sections.tuning, shape.layers, also=[models.TABLES] * bool(new))
     _, base = hub.load_variables(
         sections.model.path,
         mesh,
         dtype=jnp.dtype(sections.model.dtype),
         full_precision=plan.trainable,
         quantise=sections.model.quantise,
+        vocabulary=vocabulary,
     )
     trainable, frozen = tuning.apply(plan, base, jax.random.key(0), mesh=mesh, rules=family.rules)
     tx = optim.build(sections.optim, 1)[0]
@@ -53,12 +56,14 @@ def on_first(arrays) -> int:
 
 EXACT = [
     sections(mesh=EIGHT),
-    sections(mesh=EIGHT, method="full"),
+    sections(mesh=EIGHT, method="full")._replace(
+        model=hub.Config(str(jaxsft.BASE), new_tokens=["<a>", "<b>"], vocab_multiple=9)
+    ),
     sections(mesh=EIGHT)._replace(model=hub.Config(str(jaxsft.BASE), "bfloat16", quantise="nf4")),
 ]
 
 
-@pytest.mark.parametrize("given", EXACT, ids=["lora", "full", "nf4"])
+@pytest.mark.parametrize("given", EXACT, ids=["lora", "full, new tokens", "nf4"])
 def test_weights_and_optimizer_are_to_the_byte_those_of_the_run(given):
     need = preflight.measure(preflight.over_tokens(objectives.supervised), given)
     state, frozen, trainable, *_ = real(given)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 import types
@@ -93,6 +94,19 @@ def test_the_gradient_is_the_same_however_the_batch_is_split(split, unsplit, mod
     assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
     for path, grad in wanted.items():
         np.testing.assert_allclose(got[path], grad, atol=1e-6, err_msg=path)
+
+
+def test_tables_that_a_mesh_does_not_divide_have_the_same_gradient(batch):
+    """As tables have to which new tokens brought rows: each device then holds all of them."""
+    model = models.build(dataclasses.replace(CONFIG, vocab_size=67, layers=1, tied=False))
+    variables = {"params": jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0))), "lora": {}}
+    wanted, metrics = gradients(model, variables, batch, "params/(embed|head)/table")
+    got, got_metrics = gradients(model, variables, batch, "params/(embed|head)/table", mesh_shape=(2, 2, 2))
+    assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
+    for path, grad in wanted.items():
+        assert grad.shape == (67, 32)
+        np.testing.assert_allclose(got[path], grad, atol=1e-6, err_msg=path)
+    assert np.abs(wanted["params/head/table"][64:]).max() > 0  # tokens that no row has take part in every score
 
 
 def test_every_kind_of_adapter_has_the_same_gradient_on_a_mesh(model, variables, batch):

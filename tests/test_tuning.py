@@ -130,6 +130,22 @@ def test_lora_trains_what_patterns_name_of_the_base_beside_it():
     assert {p for p in rests if p.startswith("params/")} == stack("0-3", [f"{name}/kernel" for name in KERNELS])
 
 
+@pytest.mark.parametrize("config", [
+    Config(lora=LoRA(rank=2)),
+    Config(lora=LoRA(rank=2), trainable=["embed/table"]),
+    Config(method="partial"),
+    Config(method="partial", layers=1),
+    Config(method="full"),
+], ids=["lora", "lora and the table", "alone", "partial", "full"])  # fmt: skip
+def test_tables_train_in_any_case_where_new_tokens_need_it(config):
+    plan = tuning.plan(config, DEPTH, also=[models.TABLES])
+    one = sharding.mesh(devices=jax.devices()[:1])
+    trains, rests = tuning.apply(plan, {"params": params(plan.cut)}, jax.random.key(0), mesh=one, rules=RULES)
+    others = set() if config == Config(method="partial") else learns(config)[0]
+    assert set(tree.flat(trains)) == others | {"params/embed/table"}
+    assert not set(tree.flat(trains)) & set(tree.flat(rests))
+
+
 def test_dora_trains_its_magnitudes_and_pissa_keeps_what_it_started_at():
     trains, rests, _ = learns(Config(lora=LoRA(rank=2, dora=True, init="pissa")))
     assert trains == {f"lora/blocks/0-3/{layer}/{part}" for layer in KERNELS for part in ("a", "b", "m")}

@@ -23,6 +23,7 @@ from jaxsft.data.render import Example, prompt_ids, render, render_text
 from jaxsft.data.rows import Bad, DataError, Row
 from jaxsft.data.script import How
 from jaxsft.data.sources import read, scan
+from jaxsft.data.store import expect_tokens
 from jaxsft.data.stream import (
     Batch,
     PackedRows,
@@ -70,6 +71,7 @@ __all__ = [
     "cache",
     "comparisons",
     "detect",
+    "expect_tokens",
     "in_memory",
     "kind_of",
     "load",

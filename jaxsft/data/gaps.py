@@ -44,7 +44,8 @@ def masking(tokenizer: Any, *, whole_words: bool = False) -> Masking:
             "bert-base-uncased, or name one in tokenizer_config.json"
         )
     vocabulary = tokenizer.get_vocab()
-    ordinary = np.array(sorted(set(vocabulary.values()) - set(tokenizer.all_special_ids)), np.int32)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ordinary = np.array(sorted(set(vocabulary.values()) - special - set(tokenizer.all_special_ids)), np.int32)
     if not whole_words:
         return Masking(tokenizer.mask_token_id, ordinary, None)
     continues = np.zeros(max(vocabulary.values()) + 1, bool)

@@ -87,7 +87,7 @@ class Writer:
         except OSError as error:
             raise DataError(f"data.cache {folder.parent} cannot be written ({error}); name another folder") from error
         self._files = {name: (self._part / f"{name}.bin").open("wb") for name in KINDS}
-        self.rows = self.documents = self.tokens = self._bytes = 0
+        self.rows = self.documents = self.tokens = self.largest = self._bytes = 0
         self._put("starts", [0])
 
     def _put(self, name: str, values: Any) -> None:
@@ -101,6 +101,7 @@ class Writer:
         lengths = [len(example.ids) for example in piece.examples]
         for example in piece.examples:
             self._put("ids", example.ids)
+            self.largest = max(self.largest, int(np.max(example.ids, initial=0)))
             self._put("mask", example.mask)
         self._put("starts", self.tokens + np.cumsum(lengths))
         self._put("learned", [int(example.mask.sum()) for example in piece.examples])
@@ -139,8 +140,9 @@ def hold(examples: Sequence[Example]) -> Documents:
       array([2, 1])
     """
     numbers = np.arange(len(examples))
+    ids = np.concatenate([ids for ids, _ in examples]).astype(np.int32)
     return Documents(
-        ids=np.concatenate([ids for ids, _ in examples]).astype(np.int32),
+        ids=ids,
         mask=np.concatenate([mask for _, mask in examples]).astype(bool),
         starts=np.cumsum([0, *(len(ids) for ids, _ in examples)]),
         learned=np.array([int(np.sum(mask)) for _, mask in examples], np.int32),
@@ -149,8 +151,22 @@ def hold(examples: Sequence[Example]) -> Documents:
         values=np.zeros(len(examples), np.float32),
         fields=np.zeros(0, np.uint8),
         ends=np.zeros(len(examples), np.int64),
-        meta={},
+        meta={"source": "memory", "largest": int(ids.max(initial=0))},
     )
+
+
+def expect_tokens(found: Sequence[Documents], size: int) -> None:
+    """Refuses documents with a token that a model of `size` tokens does not have.
+
+    Raises:
+      DataError: names the source and the token.
+    """
+    for one in found:
+        if (largest := one.meta["largest"]) >= size:
+            raise DataError(
+                f"{one.meta['source']} becomes tokens as large as {largest}, and the model has {size}, from 0 on. Does "
+                "the tokenizer belong to the model? Then name the token in model.new_tokens, which gives it a row"
+            )
 
 
 def open_documents(folder: Path) -> Documents:

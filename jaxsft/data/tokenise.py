@@ -28,7 +28,7 @@ from jaxsft.data.rows import Bad, DataError, Row
 from jaxsft.data.script import How, Script, scripts
 from jaxsft.data.store import Documents, Piece, Writer, open_documents
 
-VERSION = 2  # of what is written; another one is tokenised again
+VERSION = 3  # of what is written; another one is tokenised again
 ROWS = 256  # that are tokenised at once
 LISTED = 20  # bad rows that are told one by one
 LARGE = 64 << 20  # bytes from which on several processes pay for their start
@@ -250,6 +250,7 @@ def tokenise(
         raise
     meta = {"source": job.source.path, "formats": dict(seen), "bad": [list(one) for one in bad], "dropped": count}
     meta |= {"truncated": truncated, "longest": list(longest), "documents": writer.documents, "rows": writer.rows}
+    meta |= {"largest": writer.largest}
     return writer.finish(meta), False, name
 
 

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints, tokenizers and PEFT adapters, in and out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxsft.hub.disk import on_disk
@@ -8,7 +8,8 @@ from jaxsft.hub.files import CheckpointError, digest, resolve
 from jaxsft.hub.merge import export, merge
 from jaxsft.hub.peft import export_adapter, load_adapter
 from jaxsft.hub.source import read_config, shapes
-from jaxsft.hub.tokenizer import adapter_template, load_tokenizer, save_template, stop_tokens
+from jaxsft.hub.tokenizer import adapter_template, adapter_tokenizer, load_tokenizer, save_template, stop_tokens
+from jaxsft.hub.vocabulary import Vocabulary, load_vocabulary, save_tokens
 from jaxsft.hub.weights import abstract, init, load, load_variables
 
 
@@ -25,6 +26,15 @@ class Config:
     quantise: Literal["none", "int8", "nf4"] = "none"
     """keep the kernels of the layers packed in memory: int8, or QLoRA's nf4 with 4.13 bits a weight. They cannot train
     then; LoRA does, beside them, and is merged into the base as its files have it"""
+    new_tokens: list[str] = field(default_factory=list)
+    """text that becomes one token each, wherever it stands; embedding and output layer get rows for them, begun at the
+    mean of the others, and train whatever tuning says"""
+    new_special_tokens: list[str] = field(default_factory=list)
+    """likewise, for what a chat template writes; in the words of a message these are spelled, unless
+    data.control_tokens"""
+    vocab_multiple: int = 1
+    """where new tokens need more rows than there are, their number becomes a multiple of this; 64 suits any
+    mesh.tensor, which has to divide the rows to cut them"""
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,10 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ExportConfig",
+    "Vocabulary",
     "abstract",
     "adapter_template",
+    "adapter_tokenizer",
     "digest",
     "export",
     "export_adapter",
@@ -53,11 +65,13 @@ __all__ = [
     "load_adapter",
     "load_tokenizer",
     "load_variables",
+    "load_vocabulary",
     "merge",
     "on_disk",
     "read_config",
     "resolve",
     "save_template",
+    "save_tokens",
     "shapes",
     "stop_tokens",
 ]

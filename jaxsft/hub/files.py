@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,7 @@ SINGLE = "model.safetensors"
 FLOATS = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jax.numpy.bfloat16)}
 OTHERS = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 DTYPES = FLOATS | {name: np.dtype(kind) for name, kind in OTHERS.items()}  # of buffers, which are copied as they are
-# What a merged model needs beside its weights, copied as it is.
-COMPANIONS = (
-    "generation_config.json",
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -36,6 +34,11 @@ COMPANIONS = (
     "merges.txt",
     "*.jinja",
     "additional_chat_templates/*",
+)
+# What a merged model needs beside its weights, copied as it is.
+COMPANIONS = (
+    *TOKENIZER,
+    "generation_config.json",
     "modules.json",  # of sentence-transformers, like those below
     "*sentence*.json",
     "[0-9]_*/*",
@@ -256,8 +259,8 @@ def _refused(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot write {folder} ({error}); free some space or choose another folder")
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config beside the weights.
+def copy_companions(source: Path, folder: Path, patterns: Sequence[str] = COMPANIONS) -> None:
+    """Copies tokenizer, chat template and generation config beside the weights, or what of them `patterns` name.
 
     Raises:
       CheckpointError: the disk is full or refuses.
@@ -265,7 +268,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     if jax.process_index() != 0:
         return
     try:
-        for pattern in COMPANIONS:
+        for pattern in patterns:
             for file in source.glob(pattern):
                 target = folder / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)

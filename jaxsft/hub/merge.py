@@ -25,7 +25,7 @@ from jaxsft.hub.files import (
 )
 from jaxsft.hub.source import has_weights, open_weights, read_config, shapes
 from jaxsft.hub.tokenizer import pad_apart
-from jaxsft.models import Family, ModelConfig
+from jaxsft.models import TABLES, Family, ModelConfig
 
 
 def fetch(leaf: jax.Array, index: tuple[int, ...], *, transposed: bool, dtype: np.dtype) -> np.ndarray:
@@ -82,10 +82,16 @@ def export(path: str, params: Mapping, *, source: str, shard_gb: float = 5.0, dt
         apart = [(name, kind_of(name)) for name in files if tree.matches(family.unused, name)]
         out += [Tensor(n, reader.shape(n), kind, lambda n=n, k=kind: read(n).astype(k)) for n, kind in apart]
     files = write(folder, out, shard_gb=shard_gb)
-    parted = {"tie_word_embeddings": False} if config.tied and "head" in params else {}
-    said = {**raw, "dtype" if "dtype" in raw else "torch_dtype": usual.name, **parted}
+    changed = {"tie_word_embeddings": False} if config.tied and "head" in params else {}
+    said = {**raw, "dtype" if "dtype" in raw else "torch_dtype": usual.name, **changed, **_rows(params, config)}
     _finish(folder, base, _scoring(family, said) if config.labels else said)
     return files
+
+
+def _rows(params: Mapping, config: ModelConfig) -> dict[str, int]:
+    """What config.json says of tables with rows of new tokens; nothing where there are none."""
+    rows = max([0, *(len(x) for path, x in tree.flat(params).items() if tree.matches(TABLES, path))])
+    return {"vocab_size": rows} if rows > config.vocab_size else {}
 
 
 def _finish(folder: Path, source: Path, config: Mapping) -> None:
@@ -120,9 +126,9 @@ def merge(
       base: the checkpoint that was fine-tuned; a folder or a hub name.
       path: the folder to write.
       adapter: a LoRA tree, as `lora.init` makes it.
-      trained: parameters that replace the base's; others are copied bit by bit. With a score among them a language
-        model becomes a reward model: transformers' ...ForSequenceClassification, without an output layer, and with a
-        token for padding that ends no text (see `pad_apart`).
+      trained: parameters that replace the base's; others are copied bit by bit. Tables may have more rows than there.
+        With a score among them a language model becomes a reward model: transformers' ...ForSequenceClassification,
+        without an output layer, and with a token for padding that ends no text (see `pad_apart`).
       shard_gb: the largest file, in 10^9 bytes.
 
     Returns:
@@ -155,19 +161,29 @@ def merge(
         known[head] = names.Place(output, False)
         new = {output: new[table], **new} if table in new else new
 
+    grown = _rows(trained or {}, config)
+
+    def shape_of(name: str) -> tuple[int, ...]:
+        old = reader.shape(files[name])
+        if not (grown and name in known and tree.matches(TABLES, known[name].address.path)):
+            return old
+        if known[name].address not in new:
+            raise CheckpointError(f"new tokens have rows in a table that was trained, and none in {name!r}; train both")
+        return grown["vocab_size"], *old[1:]
+
     def make(name: str) -> np.ndarray:
         old, full = reader.read(files[name]), np.dtype("float32")
         if name not in known:
             return old
         address, transposed = known[name]
         result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
-        if result.shape != old.shape:
+        if result.shape != shape_of(name):
             raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
         if address in low:
             leaves = {part: fetch(*leaf, transposed=False, dtype=full) for part, leaf in low[address].items()}
             turned = transposed or address == output
             wanted = (leaves["a"].shape[-2], leaves["b"].shape[-1])
-            if wanted != (old.shape[::-1] if turned else old.shape[-2:]):
+            if wanted != (result.shape[::-1] if turned else result.shape[-2:]):
                 wanted = wanted[::-1] if turned else wanted
                 raise CheckpointError(f"the adapter of {name!r} has shape {wanted}, but {source} has {old.shape}")
             result = lora.adapted(result.T if turned else result, leaves)
@@ -182,11 +198,11 @@ def merge(
             f"{source} has no {missing[0].path} (layer {missing[0].layer}) to merge into; is it the base?"
         )
     kinds = {n: reader.dtype(old, FLOATS if n in known else DTYPES) for n, old in files.items()}
-    tensors = [Tensor(n, reader.shape(old), kinds[n], lambda n=n: make(n)) for n, old in files.items()]
+    tensors = [Tensor(n, shape_of(n), kinds[n], lambda n=n: make(n)) for n in files]
     if adds:  # in the dtype of the others, as whoever loads the folder casts it to one anyway
         first = names.stored(family, names.name_of(family, table)[0], reader.files)
         tensors.append(_score(family, config, new[names.SCORE][0], reader.dtype(first)))
     written = write(folder, tensors, shard_gb=shard_gb)
-    said = read_json(source / "config.json") | ({"tie_word_embeddings": False} if parts else {})
+    said = read_json(source / "config.json") | ({"tie_word_embeddings": False} if parts else {}) | grown
     _finish(folder, source, _scoring(family, said) if config.labels else said)
     return written

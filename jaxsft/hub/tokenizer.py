@@ -50,6 +50,11 @@ def _listed(file: Path) -> set[int]:
     return set(listed if isinstance(listed, list) else [] if listed is None else [listed])
 
 
+def adapter_tokenizer(adapter: str, base: str):
+    """The tokenizer that lies with an adapter, which may have tokens that the base has not, or else the base's."""
+    return load_tokenizer(adapter if (Path(adapter) / "tokenizer.json").is_file() else base)
+
+
 def adapter_template(adapter: str) -> str:
     """The path of the chat template that lies with an adapter, "" if there is none."""
     file = Path(adapter) / "chat_template.jinja"

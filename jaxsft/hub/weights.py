@@ -17,7 +17,8 @@ from jaxsft.hub import names
 from jaxsft.hub.disk import check, part_of
 from jaxsft.hub.files import CheckpointError, read_json, resolve
 from jaxsft.hub.source import open_weights, read_config, shapes
-from jaxsft.models import Model, ModelConfig, build
+from jaxsft.hub.vocabulary import Vocabulary, grown, with_rows
+from jaxsft.models import TABLES, Model, ModelConfig, build
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
@@ -31,6 +32,7 @@ def load(
     cut: int | None = None,
     remat: str = "none",
     lora_dropout: float = 0.0,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, Tree]:
     """Loads a Hugging Face checkpoint.
 
@@ -41,6 +43,7 @@ def load(
       full_precision: addresses ("params/...") whose weights are float32 whatever dtype is: those that will train.
       cut: a layer before which the stack is cut, see `models.split`.
       remat, lora_dropout: see `models.build`.
+      vocabulary: from `hub.load_vocabulary`; the tables then have rows for its new tokens, at the mean of the others.
 
     Returns:
       (model, params).
@@ -56,7 +59,7 @@ def load(
       4
     """
     kind = {"dtype": dtype, "full_precision": full_precision, "cut": cut, "remat": remat, "lora_dropout": lora_dropout}
-    model, variables = load_variables(path, mesh, **kind)
+    model, variables = load_variables(path, mesh, vocabulary=vocabulary, **kind)
     return model, variables["params"]
 
 
@@ -72,6 +75,7 @@ def load_variables(
     lora_dropout: float = 0.0,
     labels: int | None = None,
     key: Key | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, dict[str, Tree]]:
     """Loads a Hugging Face checkpoint, its kernels packed if wanted; the other arguments are those of `load`.
 
@@ -102,8 +106,8 @@ def load_variables(
     family, config = read_config(folder, labels)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     reader = open_weights(folder)
-    described = shapes(config, cut)
-    leaves, placed = tree.flat(described), sharding.shardings(described, family.rules, mesh)
+    leaves, config = tree.flat(shapes(config, cut)), with_rows(config, vocabulary)
+    placed = sharding.shardings(shapes(config, cut), family.rules, mesh)
     packs = _packs(leaves, quantise)
     quant.check(full_precision, packs)
     params, packed, wanted, drawn = {}, {}, set(), _drawn(folder, config)
@@ -120,7 +124,8 @@ def load_variables(
             packed |= _put(host, sharding.shardings(host, quant.rules(family.rules), mesh))
         else:
             kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
-            params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place)
+            grows = vocabulary if tree.matches(TABLES, path_) else None
+            params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place, grows)
     spare = {copy for copy, _ in family.copies} if config.tied or config.labels else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare if not names.unused(family, n)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
@@ -146,6 +151,7 @@ def abstract(
     lora_dropout: float = 0.0,
     quantise: str = "none",
     labels: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, Tree]:
     """What `load_variables` would give, as shapes with shardings: it reads config.json alone.
 
@@ -157,6 +163,7 @@ def abstract(
     """
     folder = resolve(path)
     family, config = read_config(folder, labels)
+    config = with_rows(config, vocabulary)
     described = tree.flat(shapes(config, cut))
     packs = _packs(described, quantise)
     quant.check(full_precision, packs)
@@ -192,9 +199,13 @@ def _draw(folder: Path, shape: tuple[int, ...], key: Key | None, place: NamedSha
     return jax.jit(lambda key: deviation * jax.random.normal(key, shape), out_shardings=place)(key)
 
 
-def _place(reader, here, shape, transposed, dtype, place) -> jax.Array:
-    """Makes one leaf, each device's slice read on its own."""
-    return jax.make_array_from_callback(shape, place, part_of(reader, here, shape, transposed, dtype))
+def _place(reader, here, shape, transposed, dtype, place, vocabulary) -> jax.Array:
+    """Makes one leaf, each device's slice read on its own; a table with the rows of a vocabulary, if one is given."""
+    part = lambda dtype: part_of(reader, here, shape, transposed, dtype)
+    if vocabulary is None:
+        return jax.make_array_from_callback(shape, place, part(dtype))
+    rows = grown(part(jnp.float32), shape, vocabulary, jnp.dtype(dtype))
+    return jax.make_array_from_callback((vocabulary.size, *shape[1:]), place, rows)
 
 
 _packed = jax.jit(quant.pack, static_argnums=1)
@@ -224,10 +235,17 @@ def _put(host: dict[str, np.ndarray], placed: Tree) -> dict[str, jax.Array]:
 
 
 def init(
-    path: str, key: Key, mesh: Mesh | None = None, *, dtype=jnp.float32, remat: str = "none"
+    path: str,
+    key: Key,
+    mesh: Mesh | None = None,
+    *,
+    dtype=jnp.float32,
+    remat: str = "none",
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, Tree]:
     """Makes a fresh model of the shape that `path`/config.json describes, for training from scratch."""
     family, config = read_config(resolve(path))
+    config = with_rows(config, vocabulary)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     model = build(config, dtype=dtype, remat=remat, mesh=mesh)
     placed = sharding.shardings(shapes(config), family.rules, mesh)

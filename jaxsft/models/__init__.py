@@ -32,7 +32,7 @@ from jaxsft.models import (
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.decoder import shares_prompts
 from jaxsft.models.encoder import EncoderConfig
-from jaxsft.models.family import Family, ModelConfig, Name, with_labels
+from jaxsft.models.family import TABLES, Family, ModelConfig, Name, with_labels
 from jaxsft.models.model import Cache, Model, logits, span, split
 from jaxsft.models.reward import last, scores
 
@@ -94,6 +94,7 @@ def build(
 
 __all__ = [
     "FAMILIES",
+    "TABLES",
     "Cache",
     "DecoderConfig",
     "EncoderConfig",

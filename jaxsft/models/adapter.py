@@ -94,7 +94,8 @@ def lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], leaves: Leaves, dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
     """The tokens' rows of W + scale A B; A and B of an embedding are [V, r] and [r, D], and nothing is dropped."""
-    rows = table[tokens].astype(dtype)
+    # A token that the table has no row for is NaN, which training refuses, and not the table's last row.
+    rows = table.at[tokens].get(mode="fill", fill_value=jnp.nan).astype(dtype)
     if not leaves:
         return rows
     a, b = pairs(leaves)

@@ -156,10 +156,10 @@ def build(
     block, head, norm = Block(config, lora_dropout), Head(config, lora_dropout), LayerNorm(config.norm_eps)
 
     def embed(params: Mapping, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        rows = positions + config.first_position
-        # A position that the table does not have is NaN, which training refuses, and not the table's last row.
-        where = params["positions"].at[rows].get(mode="fill", fill_value=jnp.nan)
-        x = sum(part.astype(jnp.float32) for part in (params["table"][tokens], where, params["types"][0]))
+        rows = {"table": tokens, "positions": positions + config.first_position}
+        # What a table has no row for is NaN, which training refuses, and not the table's last row.
+        parts = [params[name].at[at].get(mode="fill", fill_value=jnp.nan) for name, at in rows.items()]
+        x = sum(part.astype(jnp.float32) for part in (*parts, params["types"][0]))
         return cast(Array, norm.apply({"params": params["norm"]}, x)).astype(dtype)
 
     def features(variables, tokens, positions=None, segments=None, dropout=None, reads=None):

@@ -16,6 +16,7 @@ from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.rope import KINDS, Rope
 
 ModelConfig = DecoderConfig | EncoderConfig
+TABLES = "(embed|head)/table|mlm/bias"  # the leaves that have a row for each token
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 

@@ -231,7 +231,6 @@ REFUSED: dict[str, Any] = {
     "lora_bias": True,
     "monteclora_config": {"num_samples": 4},
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "trainable_token_indices": [1, 2],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "velora_config": {"num_groups": 4},

@@ -154,6 +154,22 @@ def test_a_trained_encoder_goes_on_with_lora_and_whole_words(run_here, learned, 
     }
 
 
+@pytest.mark.parity  # a long one
+@pytest.mark.parametrize("start", ["pretrained", "random"])
+def test_an_encoder_learns_new_tokens(run_here, learned, texts, tmp_path, start):
+    own = tmp_path / "texts.jsonl"
+    own.write_text(Path(texts).read_text().replace("lamp", "<Lamp>"))
+    more = [*MASKED, "--init", start, "--model.new_tokens", '["<Lamp>"]', "--train.max_steps", "8"]
+    run_here("pretrain", *arguments(str(learned / "merged"), str(own), tmp_path / "run", *more))
+    before, after = (load_file(f"{folder}/merged/model.safetensors") for folder in (learned, tmp_path / "run"))
+    size = len(before["cls.predictions.bias"])
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+        assert len(after[name]) == size + 1
+        assert np.abs(after[name][size] - before[name].mean(axis=0)).max() > 0.005
+    assert json.loads((tmp_path / "run" / "merged" / "config.json").read_text())["vocab_size"] == size + 1
+    assert size in hub.load_tokenizer(str(tmp_path / "run" / "merged"))("the <Lamp> was lit")["input_ids"]
+
+
 def test_an_objective_that_the_model_cannot_have_is_refused_before_any_work(
     run_here, small, bert, learned, texts, tmp_path
 ):
@@ -168,6 +184,9 @@ def test_an_objective_that_the_model_cannot_have_is_refused_before_any_work(
         ValueError, match="data.max_length is 33, and the model has 32 positions; set data.max_length to 32"
     ):
         run(bert, *MASKED, "--data.max_length", "33")
+    for new in (["--model.new_tokens", '["<a>"]'], ["--tuning.trainable", '["embed/table"]']):
+        with pytest.raises(RunError, match="the embedding trains, which is the output layer of an encoder as well"):
+            run(learned / "merged", *MASKED, "--tuning.method", "lora", *new)
     bare = shutil.copytree(bert, tmp_path / "bare")
     (bare / "config.json").write_text(json.dumps(BERT | {"vocab_size": 40, "architectures": ["BertModel"]}))
     with pytest.raises(ValueError, match="this encoder has no head that predicts masked tokens"):

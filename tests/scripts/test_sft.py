@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxsft
-from jaxsft import hub, lora
+from jaxsft import hub, lora, sample
 from jaxsft.data import DataError, templates
 from jaxsft.run import RunError, read_metrics
 
@@ -369,6 +369,63 @@ def test_sources_mix_and_a_template_is_exported(run_here, small, rows, tmp_path)
     for folder in ("later", "third"):
         text = (tmp_path / folder / "chat_template.jinja").read_text()
         assert text.rstrip("\n") == templates.source("plain"), folder
+
+
+def test_new_tokens_get_rows_that_train_and_reach_every_program(run_here, small, rows, tmp_path, capsys, monkeypatch):
+    """On a mesh whose tensor axis does not divide the rows that there are then; the small model is tied."""
+    own, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    own.write_text(Path(rows).read_text().replace("plus", "<plus>").replace("It is", "<is>"))
+    more = {"model__new_tokens": '["<plus>", "<is>"]', "model__new_special_tokens": '["<|calc|>"]'}
+    more |= {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__max_steps": 4, "train__eval_every": 0}
+    args = arguments(small, str(own), out, **more, run__samples=0)
+    run_here("sft", *args)
+    said = "".join(part for part in capsys.readouterr().out.split() if part != "│")
+    assert "3,inrows2,560to2,562of2,563" in said
+    assert "params/((embed|head)/table|mlm/bias)" in said
+
+    # ---- the rows: they began at the mean, and learned --------------------------------------------------------------
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (small, out / "merged"))
+    name = "model.embed_tokens.weight"
+    assert (old[name].shape, new[name].shape, "lm_head.weight" in new) == ((2560, 32), (2563, 32), False)
+    moved = np.abs(new[name][2560:] - old[name].mean(axis=0)).max(axis=1)
+    assert (moved > 0.005).all()  # four steps of Adam, of 0.01 at most
+    assert json.loads((out / "merged" / "config.json").read_text())["vocab_size"] == 2563
+
+    # ---- the folders: the same model, by every way to it ------------------------------------------------------------
+    run_here("merge", "--base", small, "--adapter", str(out / "adapter"), "--out", str(tmp_path / "a"))
+    run_here("merge", "--checkpoint", str(out / "checkpoints" / "4"), "--out", str(tmp_path / "c"))
+    for file in (out / "merged").iterdir():
+        for folder in ("a", "c"):
+            assert (tmp_path / folder / file.name).read_bytes() == file.read_bytes(), (folder, file.name)
+    shutil.rmtree(out / "merged")
+    run_here("sft", *args, "--run.resume", "true")  # a finished run is restored, and exports again
+    for file in (tmp_path / "a").iterdir():
+        assert (out / "merged" / file.name).read_bytes() == file.read_bytes()
+
+    # ---- chat: the tokenizer lies with the adapter, and nothing needs to be said ------------------------------------
+    asked = []
+    monkeypatch.setattr(
+        sample, "stream", lambda model, variables, ids, **_: iter(asked.append((model, variables, ids)) or [])
+    )
+    run_here("chat", "--model", small, "--adapter", str(out / "adapter"), "--ask", "What is 1 <plus> 2?")
+    run_here("chat", "--model", str(out / "merged"), "--ask", "What is 1 <plus> 2?")
+    (model, variables, ids), (_, whole, again) = asked
+    assert ids.count(2560) == 1
+    assert ids == again
+    tokens = np.array([ids], np.int32)
+    np.testing.assert_allclose(model.features(variables, tokens), model.features(whole, tokens), atol=1e-5)
+
+
+def test_a_token_without_a_row_ends_a_run_before_it_learns(run_here, small, rows, tmp_path):
+    """As of a tokenizer that was given a token, and a model that was not."""
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(small, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["plus"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(DataError, match=r"rows.jsonl becomes tokens as large as 2560, and the model has 2560"):
+        run_here("sft", *arguments(str(base), rows, tmp_path / "run", run__samples=0))
 
 
 def packed_run(small: str, rows: str, out: Path) -> list[str]:

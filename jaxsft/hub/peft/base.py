@@ -12,7 +12,7 @@ from jaxsft.hub.files import CheckpointError
 from jaxsft.hub.merge import fetch
 from jaxsft.hub.names import SCORE, Address
 from jaxsft.hub.peft.names import EMBED, FULL, HEAD
-from jaxsft.models import Family
+from jaxsft.models import TABLES, Family
 
 
 class Base:
@@ -26,7 +26,9 @@ class Base:
             for address, (_, index) in names.by_address(family, tree.nest({path: leaf})).items():
                 self.where[address] = (path, index)
                 self.rows.setdefault(path, []).append(address)
-        self.tied = EMBED in self.where and not {HEAD, SCORE} & set(self.where)
+        headed = any(name.path == HEAD.path for name in family.names)
+        self.tied = headed and not {HEAD, SCORE} & set(self.where)
+        self.size = 0  # rows of the tables, where the folder has more of them than the base
         if self.tied:
             self.where[HEAD], self.rows[HEAD.path] = (HEAD.path, ()), [HEAD]
 
@@ -34,7 +36,18 @@ class Base:
         return self.leaves[EMBED.path if self.tied and address == HEAD else self.where[address][0]]
 
     def shape(self, address: Address) -> tuple[int, ...]:
-        return self.leaf(address).shape[len(self.where[address][1]) :]
+        own = self.leaf(address).shape[len(self.where[address][1]) :]
+        return (self.size, *own[1:]) if self.size and tree.matches(TABLES, address.path) else own
+
+    def grow(self, size: int) -> None:
+        """Takes note of a table in the folder; one with more rows than the base's has those of new tokens."""
+        if size > max(self.shape(address)[0] for address in self.tables):
+            self.size = size
+
+    @property
+    def tables(self) -> list[Address]:
+        """The weights that have a row for each token."""
+        return [address for address in self.where if tree.matches(TABLES, address.path)]
 
     def stack(self, path: str) -> tuple[int, ...]:
         """The axes of a leaf that its rows are spread over."""

@@ -17,7 +17,7 @@ from jaxsft.lora import LoRA
 
 READ = frozenset(
     "alpha_pattern bias ensure_weight_tying init_lora_weights lora_alpha lora_dropout modules_to_save peft_type r "
-    "rank_pattern target_modules task_type use_dora use_rslora".split()
+    "rank_pattern target_modules task_type trainable_token_indices use_dora use_rslora".split()
 )
 # How the adapter was made, found its layers or is run; what it computes does not depend on these. PEFT itself sets
 # fan_in_fan_out right for each layer.
@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     alphas: Mapping[str, float]
     saved: tuple[str, ...]  # ends of the names of modules that replace the base's
     tied: bool  # the output layer goes with the embedding where that was trained
+    tokens: Mapping[str, tuple[int, ...]]  # of which rows trained alone, by the ends of the names of modules
     task: str | None  # PEFT's word for what the model does
 
     def of(self, module: str) -> LoRA:
@@ -45,6 +46,10 @@ class Settings(NamedTuple):
         rank = self.ranks.get(pattern_of(self.ranks, module), self.spec.rank)
         alpha = self.alphas.get(pattern_of(self.alphas, module), self.spec.alpha)
         return LoRA(rank, float(alpha), rslora=self.spec.rslora, init=self.spec.init)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The tokens of which a module has trained rows."""
+        return next((rows for end, rows in self.tokens.items() if module.endswith(end)), ())
 
     def scale(self, module: str) -> float:
         return lora.scale(self.of(module), "")
@@ -89,7 +94,10 @@ def read_settings(folder: Path) -> Settings:
     )
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     saved, tied = tuple(config.get("modules_to_save") or ()), bool(config.get("ensure_weight_tying", False))
-    return Settings(spec, ranks, alphas, saved, tied, config.get("task_type"))
+    tokens = config.get("trainable_token_indices") or {}
+    tokens = {"": tokens} if isinstance(tokens, list) else tokens  # of the embedding
+    tokens = {module: tuple(rows) for module, rows in tokens.items()}
+    return Settings(spec, ranks, alphas, saved, tied, tokens, config.get("task_type"))
 
 
 def to_config(

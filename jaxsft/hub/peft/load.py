@@ -27,6 +27,8 @@ from jaxsft.hub.peft.names import (
     PICKLE,
     PREFIX,
     SCORES,
+    TOKENS,
+    WRAPPED,
 )
 from jaxsft.lora import Adapter
 from jaxsft.models import DecoderConfig, Family, ModelConfig, with_labels
@@ -40,6 +42,7 @@ class Parts(NamedTuple):
     modules: dict[Address, str]  # PEFT's names of those
     saved: dict[Address, np.ndarray]  # what replaces the base's
     copies: dict[Address, np.ndarray]  # the tables that were adapted, which PEFT writes along
+    tokens: dict[Address, tuple[tuple[int, ...], np.ndarray]]  # rows of a table that replace the base's
 
 
 def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelConfig) -> Adapter:
@@ -85,19 +88,18 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelCon
         if "score" not in params:
             params = {**params, "score": {"kernel": jax.ShapeDtypeStruct((config.hidden, config.labels), FULL)}}
     base, reader = Base(params, folder, family), Reader(folder, FILE)
-    modules = {match[1] for name in reader.files if (match := NAME.fullmatch(name.removeprefix(PREFIX)))}
+    named = _names(reader)
+    modules = {module for module, _ in named.values()}
     # An adapter of the output layer is none of the embedding, tied or not.
     alone = dataclasses.replace(config, tied=False) if isinstance(config, DecoderConfig) else config
     known = names.places(family, alone, {f"{module}.{part}" for module in modules for part in ("weight", "bias")})
-    parts = _read(reader, known, settings, base)
+    for name, (module, part) in named.items():
+        place = known.get(f"{module}.weight")
+        if place and place.address in base.tables and part in ("weight", "base_layer.weight"):
+            base.grow(reader.shape(name)[0])
+    parts = _read(reader, named, known, settings, base)
     _complain(folder / FILE, parts, known, settings, base)
-    saved = parts.saved
-    if base.tied and settings.tied:
-        saved.pop(HEAD, None)  # the embedding once more
-    elif base.tied and EMBED in saved and HEAD not in saved:
-        saved[HEAD] = base.value(EMBED, "for the output layer that it was tied to")
-    saved = {address: x for address, x in parts.copies.items() if base.differs(address, x)} | saved
-    return Adapter(_stack(parts, settings, base), settings.spec, _replace(saved, base))
+    return Adapter(_stack(parts, settings, base), settings.spec, _replace(_whole(parts, settings, base), base))
 
 
 def _scoring(folder: Path, family: Family, config: ModelConfig) -> ModelConfig:
@@ -107,12 +109,21 @@ def _scoring(folder: Path, family: Family, config: ModelConfig) -> ModelConfig:
         raise CheckpointError(f"{folder / CONFIG} has task_type {SCORES}, a reward model: {error}") from error
 
 
-def _read(reader: Reader, known: Mapping[str, names.Place], settings: Settings, base: Base) -> Parts:
-    """Reads every tensor and finds where it belongs; a name or a shape that belongs nowhere raises."""
-    folder, parts = reader.folder, Parts({}, {}, {}, {})
+def _names(reader: Reader) -> dict[str, tuple[str, str]]:
+    """The tensors of a folder, each with the module it is of and what it is; two empty words for what is not known."""
+    found = {}
     for name in reader.files:
-        match = NAME.fullmatch(name.removeprefix(PREFIX))
-        module, part = match.groups() if match else ("", "")
+        again = WRAPPED.fullmatch(name)
+        if not (again and ".".join(again.groups()) in reader.files):
+            match = NAME.fullmatch(name.removeprefix(PREFIX).replace(".token_adapter.", "."))
+            found[name] = match.groups() if match else ("", "")
+    return found
+
+
+def _read(reader: Reader, named: Mapping, known: Mapping[str, names.Place], settings: Settings, base: Base) -> Parts:
+    """Reads every tensor and finds where it belongs; a name or a shape that belongs nowhere raises."""
+    folder, parts = reader.folder, Parts({}, {}, {}, {}, {})
+    for name, (module, part) in named.items():
         place = known.get(f"{module}.{'bias' if part.endswith('bias') else 'weight'}")
         if place is None or place.address not in base.where or not _fits(part, place.address):
             raise CheckpointError(f"{folder / FILE} has {name!r}, which fits no kernel of the base")
@@ -122,6 +133,10 @@ def _read(reader: Reader, known: Mapping[str, names.Place], settings: Settings, 
         if kind:
             rank, (n_in, n_out) = settings.of(module).rank, shape[::-1] if address == HEAD else shape
             shape = {"a": (n_in, rank), "b": (rank, n_out), "m": (n_out,)}[kind]
+        rows = settings.tokens_of(module)
+        if part == TOKENS and base.tied and not rows:
+            continue  # the embedding's once more
+        shape = (len(rows), *shape[1:]) if part == TOKENS else shape
         turned = kind in ("a", "b") or (transposed and not kind)
         wanted = shape[::-1] if turned else shape
         if value.shape != wanted:
@@ -133,14 +148,18 @@ def _read(reader: Reader, known: Mapping[str, names.Place], settings: Settings, 
             parts.low.setdefault(address, {})[kind], parts.modules[address] = value, module
         elif part == "base_layer.weight":
             parts.copies[EMBED if base.tied else address] = value
-        else:
-            parts.saved[address] = value
+        elif part == TOKENS:
+            parts.tokens[EMBED if base.tied else address] = rows, value
+        elif not np.array_equal(parts.saved.setdefault(address, value), value):
+            raise CheckpointError(
+                f"{folder / FILE} has {name!r}, and other values of the same weight, which this model has once"
+            )
     return parts
 
 
 def _fits(part: str, address: Address) -> bool:
     """Whether PEFT has such a tensor for a weight: other names for embeddings, whole tables along with the adapted."""
-    if part == "base_layer.weight":
+    if part in ("base_layer.weight", TOKENS):
         return address in (EMBED, HEAD)
     if address == SCORE:
         return part == "weight"
@@ -172,6 +191,18 @@ def _complain(file: Path, parts: Parts, known: Mapping, settings: Settings, base
             f"{file} lacks the score, though {CONFIG} has task_type {SCORES}; export it again with modules_to_save "
             "[score]"
         )
+    if settings.tokens and not parts.tokens:
+        raise CheckpointError(f"{file} lacks {TOKENS}, though {CONFIG} sets trainable_token_indices; export it again")
+    if base.size:
+        alone = base.tied and (settings.tied or EMBED not in parts.saved)
+        for address in base.tables:
+            if not (alone and address == HEAD) and address not in {**parts.saved, **parts.copies}:
+                raise CheckpointError(
+                    f"{file} has {base.size} rows for tokens in one table, and no {address.path}, which needs as many; "
+                    "PEFT writes it with save_pretrained(..., save_embedding_layers=True), or in modules_to_save"
+                )
+    if base.size and start in lora.STARTS and HEAD in parts.low:
+        raise CheckpointError(f"{file} starts at {start} of an output layer that has grown since; {CONVERT}")
     tables = [parts.saved[address] for address in (EMBED, HEAD) if address in parts.saved]
     if base.tied and settings.tied and tables and (len(tables) == 1 or (tables[0] != tables[1]).any()):
         raise CheckpointError(f"{file} has two tables, though {CONFIG} sets ensure_weight_tying; export it again")
@@ -207,6 +238,21 @@ def _stack(parts: Parts, settings: Settings, base: Base) -> Tree:
                 whole[part][(*base.where[address][1], *size)] = value
         leaves |= {f"{layer}/{part}": leaf for part, leaf in whole.items()}
     return tree.nest(leaves)
+
+
+def _whole(parts: Parts, settings: Settings, base: Base) -> dict[Address, np.ndarray]:
+    """The weights that replace the base's: what was saved, rows put into a table, adapted tables that are others."""
+    saved = dict(parts.saved)
+    both = EMBED in saved and HEAD in saved
+    if base.tied and (settings.tied or (both and np.array_equal(saved[EMBED], saved[HEAD]))):
+        saved.pop(HEAD, None)  # the embedding once more
+    elif base.tied and EMBED in saved and HEAD not in saved:
+        saved[HEAD] = base.value(EMBED, "for the output layer that it was tied to")
+    for address, (rows, values) in parts.tokens.items():
+        there = address in parts.copies
+        saved[address] = np.array(parts.copies[address] if there else base.value(address, "for the other tokens' rows"))
+        saved[address][list(rows)] = values
+    return {address: x for address, x in parts.copies.items() if base.differs(address, x)} | saved
 
 
 def _replace(saved: Mapping[Address, np.ndarray], base: Base) -> Tree:

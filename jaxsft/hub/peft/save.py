@@ -44,7 +44,7 @@ def export_adapter(
 
     Raises:
       CheckpointError: an adapter of zeros alone, or of experts that lie in one tensor; a weight that trained beside its
-        own adapter.
+        own adapter, or as the embedding of an encoder.
 
     Example:
       >>> import tempfile, jaxsft
@@ -107,7 +107,13 @@ def _with_score(trained: Mapping, base: str) -> Mapping:
 def _saved(trained: Mapping, adapted: Mapping, family: Family, base: str, bare: str) -> tuple[list[Tensor], dict]:
     """The tensors of what trained beside an adapter, and the keys that say so: modules_to_save, bias."""
     new, tied = names.by_address(family, trained), False
-    if EMBED in new and SCORE not in new and read_config(resolve(base))[1].tied:
+    headed = any(name.path == HEAD.path for name in family.names)
+    if EMBED in new and not headed and not bare:
+        raise CheckpointError(
+            "the embedding trained, which is the output layer of an encoder as well, and PEFT cannot hold that; merge "
+            "it, with export.adapter false"
+        )
+    if EMBED in new and headed and SCORE not in new and read_config(resolve(base))[1].tied:
         if tied := HEAD not in new:
             new[HEAD] = new[EMBED]  # PEFT keeps both, and the key to tie them
         elif np.array_equal(fetch(*new[HEAD], transposed=False, dtype=FULL), on_disk(base)["embed"]["table"]):

@@ -33,7 +33,6 @@ def test_settings_at_values_that_change_nothing_are_accepted(folder, params, con
     ("key", "value"),
     [
         ("lora_bias", True),
-        ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 4]]),
         ("a_key_of_the_future", 1),
         ("alora_invocation_tokens", [7]),

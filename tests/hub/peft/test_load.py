@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from jaxsft import hub, lora, models, optim, train, tree
-from jaxsft.hub import CheckpointError
+from jaxsft.hub import CheckpointError, Vocabulary
 from jaxsft.hub.peft.names import CONFIG, FILE, PICKLE
 from jaxsft.lora import LoRA
 from jaxsft.models.adapter import project
@@ -367,3 +369,142 @@ def test_pissa_over_a_tied_output_layer_is_refused_with_the_remedy(tied, tmp_pat
         CheckpointError, match=r"output layer that is the embedding.*path_initial_model_for_weight_conv"
     ):
         load(tmp_path, weights, config)
+
+
+# ---- rows of new tokens ------------------------------------------------------------------------------------------
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+NEW = Vocabulary(99, np.arange(96), np.arange(96, 99))
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_tables_with_rows_of_new_tokens_come_back_over_the_base_without_them(base, tied, tmp_path, is_tied):
+    folder = tied if is_tied else base
+    (_, config), weights = hub.read_config(folder), hub.on_disk(str(folder))
+    trained = tree.partition(hub.load(str(folder), vocabulary=NEW)[1], models.TABLES)[0]
+    trained = jax.tree.map(lambda x: np.asarray(x) + np.arange(99, dtype=np.float32)[:, None], trained)
+    spec = LoRA(2, targets=".*/(q|v)")
+    low = random(weights, spec)
+    hub.export_adapter(str(tmp_path), low, spec, family=FAMILY, base=str(folder), trained=trained)
+    for params in (weights, hub.shapes(config)):
+        back = load(tmp_path, params, config)
+        same(back.params, trained)
+        same(back.lora, low)
+    merged = tmp_path / "merged"
+    hub.merge(str(folder), str(merged), adapter=back.lora, trained=back.params)
+    assert hub.read_config(merged)[1] == dataclasses.replace(config, vocab_size=99)
+    expected = lora.merge(lora.attach(hub.load(str(folder))[1], back))
+    for path, x in tree.flat(hub.load(str(merged))[1]).items():
+        np.testing.assert_allclose(x, tree.flat(expected)[path], atol=1e-6, err_msg=path)
+
+
+def test_tables_that_peft_writes_along_after_a_resize(base, tied, adapter, tmp_path):
+    """PEFT's names for each way to train a resized model, see get_peft_model_state_dict."""
+    table, wrapped = np.arange(99 * 32, dtype=np.float32).reshape(99, 32), "modules_to_save"
+
+    def read(name, folder, keys, **tensors):
+        (_, config), weights = hub.read_config(folder), hub.on_disk(str(folder))
+        low = random(weights, SPEC)
+        hub.export_adapter(str(tmp_path / name), low, SPEC, family=FAMILY, base="x")
+        save(tmp_path / name, keys, **tensors)
+        return load(tmp_path / name, weights, config)
+
+    both = {f"{EMBED}.weight": table, f"{HEAD}.weight": 2 * table}
+    expected = {"embed": {"table": table}, "head": {"table": 2 * table}}
+    same(read("plain", base, {}, **both).params, expected)
+    within = {f"{EMBED}.{wrapped}.weight": table, f"{HEAD}.{wrapped}.weight": 2 * table}
+    within |= {f"{module}.original_module.weight": 3 * table for module in (EMBED, HEAD)}
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    same(read("wrapped", base, saved, **both, **within).params, expected)
+    same(read("parted", tied, saved, **both, **within).params, expected)
+    once = {f"{EMBED}.weight": table, f"{HEAD}.weight": table}
+    same(read("tied", tied, {}, **once).params, {"embed": {"table": table}})
+    for name, folder, tensors in (
+        ("no head", base, {f"{EMBED}.weight": table}),
+        ("no embedding", base, {f"{HEAD}.weight": table}),
+        ("tied without head", tied, {f"{EMBED}.weight": table}),
+    ):
+        with pytest.raises(
+            CheckpointError, match="has 99 rows for tokens in one table, and no (embed|head)/table, which"
+        ):
+            read(name, folder, {}, **tensors)
+    with pytest.raises(
+        CheckpointError, match=r"'base_model.model.lm_head.weight' in .* has shape \(98, 32\); \(99, 32\)"
+    ):
+        read("unequal", base, {}, **{f"{EMBED}.weight": table, f"{HEAD}.weight": table[:98]})
+    with pytest.raises(CheckpointError, match=r"has shape \(95, 32\); \(96, 32\) was expected"):
+        read("shorter", tied, {}, **{f"{EMBED}.weight": table[:95], f"{HEAD}.weight": table[:95]})
+
+    # A table that has grown and is adapted: A has its rows, and the table is written along.
+    low = {
+        f"{EMBED}.lora_embedding_A": np.ones((3, 99), np.float32),
+        f"{EMBED}.lora_embedding_B": np.ones((32, 3), "f"),
+    }
+    found = read("adapted", tied, {}, **low, **{f"{EMBED}.base_layer.weight": table})
+    same(found.params, {"embed": {"table": table}})
+    assert found.lora["embed"]["a"].shape == (99, 3)
+    head = {f"{HEAD}.lora_A.weight": np.ones((3, 32), "f"), f"{HEAD}.lora_B.weight": np.ones((99, 3), "f")}
+    copies = {f"{EMBED}.weight": table, f"{HEAD}.base_layer.weight": 2 * table}
+    same(read("adapted head", base, {}, **head, **copies).params, expected)
+    with pytest.raises(CheckpointError, match=r"starts at olora of an output layer that has grown.*path_initial_model"):
+        read("started", base, {"init_lora_weights": "olora"}, **head, **copies)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_rows_of_some_tokens_that_trained_alone_are_put_into_the_bases_table(base, tied, tmp_path, is_tied):
+    folder = tied if is_tied else base
+    (_, config), weights = hub.read_config(folder), hub.on_disk(str(folder))
+    rows = np.arange(64, dtype=np.float32).reshape(2, 32)
+    delta = "token_adapter.trainable_tokens_delta"
+
+    def read(name, keys, **tensors):
+        hub.export_adapter(str(tmp_path / name), random(weights, SPEC), SPEC, family=FAMILY, base="x")
+        save(tmp_path / name, keys, **tensors)
+        return load(tmp_path / name, weights, config).params
+
+    old = np.asarray(weights["embed"]["table"])
+    expected = old.copy()
+    expected[[90, 7]] = rows
+    same(
+        read("list", {"trainable_token_indices": [90, 7]}, **{f"{EMBED}.{delta}": rows}), {"embed": {"table": expected}}
+    )
+    both = {"trainable_token_indices": {"embed_tokens": [90, 7], "lm_head": [7, 90]}}
+    found = read("both", both, **{f"{EMBED}.{delta}": rows} | ({} if is_tied else {f"{HEAD}.{delta}": rows}))
+    same({"embed": found.pop("embed")}, {"embed": {"table": expected}})
+    if not is_tied:
+        np.testing.assert_array_equal(found["head"]["table"][[7, 90]], rows)
+    # After a resize the tables are written along, and a tied output layer's rows once more.
+    table = np.arange(99 * 32, dtype=np.float32).reshape(99, 32)
+    along = {f"{module}.token_adapter.base_layer.weight": table for module in (EMBED, HEAD)}
+    more = {f"{HEAD}.{delta}": rows} if is_tied else {}
+    found = read(
+        "grown", {"trainable_token_indices": {"embed_tokens": [98, 97]}}, **along, **more, **{f"{EMBED}.{delta}": rows}
+    )
+    np.testing.assert_array_equal(found["embed"]["table"], np.concatenate([table[:97], rows[::-1]]))
+    assert ("head" in found) == (not is_tied)
+    with pytest.raises(CheckpointError, match="lacks trainable_tokens_delta, though"):
+        read("none", {"trainable_token_indices": [1]})
+    with pytest.raises(CheckpointError, match=r"has shape \(2, 32\); \(1, 32\) was expected"):
+        read("fewer", {"trainable_token_indices": [1]}, **{f"{EMBED}.{delta}": rows})
+
+
+def test_an_encoders_embedding_is_its_output_layer_and_peft_cannot_hold_it(tiny, tmp_path):
+    folder, family = tiny("bert"), models.FAMILIES["bert"]
+    (_, config), weights = hub.read_config(folder), hub.on_disk(str(folder))
+    low, spec = random(weights, LoRA(2, targets=".*/q")), LoRA(2, targets=".*/q")
+    how = {"family": family, "base": str(folder), "config": config}
+    with pytest.raises(CheckpointError, match="the embedding trained, which is the output layer of an encoder as well"):
+        hub.export_adapter(str(tmp_path), low, spec, trained={"embed": {"table": weights["embed"]["table"]}}, **how)
+    # PEFT writes the tables of a resized one under both names; where the two parted, there is no such model here.
+    table, bias = np.ones((99, 32), np.float32), np.ones(99, np.float32)
+    hub.export_adapter(str(tmp_path), low, spec, **how)
+    save(tmp_path, {}, **{
+        "bert.embeddings.word_embeddings.weight": table,
+        "cls.predictions.decoder.weight": table,
+        "cls.predictions.decoder.bias": bias,
+    })  # fmt: skip
+    read = lambda: hub.load_adapter(str(tmp_path), weights, family=family, config=config)
+    same(read().params, {"embed": {"table": table}, "mlm": {"bias": bias}})
+    rewrite(tmp_path, lambda t: t.update({f"{PREFIX}cls.predictions.decoder.weight": 2 * table}))
+    with pytest.raises(CheckpointError, match="other values of the same weight, which this model has once"):
+        read()
