@@ -137,9 +137,7 @@ def bco_shift(answers: ScoredAnswers, beta: float = 0.1) -> Float[Array, ""]:
 class Unpaired(NamedTuple):
     """A loss of single answers in two parts, since what all answers of a step share is found before it is cut."""
 
-    point: Callable[
-        ..., dict[str, Float[Array, ""]]
-    ]  # (answers, policy, reference) -> what `loss` takes beside answers
+    point: Callable[..., dict[str, Array]]  # (answers, policy, reference) -> what `loss` takes beside answers
     loss: Callable[..., Losses]  # (answers, **point)
 
 

@@ -218,7 +218,7 @@ def test_a_kind_is_the_ending_in_front_of_gz(tmp_path, name, ending):
         ("a.csv", "", "a.csv is empty"),
         ("a.csv", "text\n", "a.csv is empty"),
         ("a.txt", "\n\n", "a.txt is empty"),
-        ("a.txt.gz", gzip.compress(b""), "a.txt.gz is empty"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz is empty"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"line 2, column 7: not valid JSON .*; each line must be one whole object"),
         ("a.json", '[{"a": 1}, 5]', "a.json row 2: 5 is no row; expected an object such as"),
         ("a.jsonl", '{"a": 1}\n["b"]', r'a.jsonl line 2: \["b"\] is no row; expected an object'),
