@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxsft
-from jaxsft import hub, objectives, optim, preflight, sharding, train, tree, tuning
+from jaxsft import hub, models, objectives, optim, preflight, sharding, train, tree, tuning
 from jaxsft.preflight import Sections
 
 ROOT = Path(__file__).parents[1]

@@ -77,8 +77,10 @@ def test_what_would_be_another_model_is_refused(family, keys, message):
 
 @both
 def test_another_head_is_refused_by_name(family):
-    name = f"{KINDS[family]}ForSequenceClassification"
+    name = f"{KINDS[family]}ForTokenClassification"
     with pytest.raises(ValueError, match=rf"names the architecture '{name}'; supported are {KINDS[family]}ForMaskedLM"):
         read(family, architectures=[name])
+    with pytest.raises(ValueError, match="names .*ForSequenceClassification; an encoder has no score of a text here"):
+        read(family, architectures=[f"{KINDS[family]}ForSequenceClassification"])
     without = read(family, architectures=[f"{KINDS[family]}Model"], tie_word_embeddings=False)
     assert not without.mlm  # nothing is tied where there is no head
