@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsft import hub, losses, optim, report, sharding, train, tree, tuning
-from jaxsft.models import TABLES, Model
+from jaxsft.models import Model
 from jaxsft.objectives import Objective, Pairwise
 from jaxsft.tree import Tree
 from jaxsft.types import Pairs, State, Tokens
@@ -156,7 +156,7 @@ def measure(work: Work, sections: Sections) -> Need:
     new, vocabulary = {"tokens": s.model.new_tokens, "special": s.model.new_special_tokens}, None
     if any(new.values()):
         _, vocabulary = hub.load_vocabulary(s.model.path, **new, multiple=s.model.vocab_multiple)
-    also = ["score/.*"] * bool(work.labels) + [TABLES] * bool(vocabulary)
+    also = tuning.always(labels=work.labels, new_tokens=vocabulary is not None)
     plan = tuning.plan(s.tuning, shape.layers, also=also)
     model, base = hub.abstract(
         s.model.path,

@@ -25,7 +25,9 @@ def plot_loss(metrics: Path, png: Path, unit: str = "nats per learned token") ->
         axis.plot(train[:, 0], running_mean(train[:, 1]), color="tab:blue", linewidth=2, label="running mean")
     if len(held):
         axis.plot(*held.T, "o-", color="tab:orange", label="held-out loss")
-    axis.set(xlabel="step", ylabel=f"loss ({unit})", ylim=(0, None))
+    axis.set(xlabel="step", ylabel=f"loss ({unit})")
+    if all(values.min(initial=0.0) >= 0 for values in (train[:, 1], held[:, 1])):  # some losses of pairs have no floor
+        axis.set_ylim(0, None)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

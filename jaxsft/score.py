@@ -62,7 +62,8 @@ def texts(model: Model, variables: Mapping, texts: Sequence[Sequence[int]], *, b
       the score of each.
 
     Raises:
-      ValueError: an empty text, one of more tokens than the model has positions, or not a reward model.
+      ValueError: an empty text, one of more tokens than the model has positions, a token that it does not have, or
+        not a reward model.
 
     Example:
       >>> import jaxsft
@@ -75,6 +76,9 @@ def texts(model: Model, variables: Mapping, texts: Sequence[Sequence[int]], *, b
         raise ValueError("every text needs at least one token; an empty one has no last token to be scored at")
     if (longest := max(lengths, default=0)) > model.config.max_position:
         raise ValueError(f"a text of {longest} tokens exceeds the model's {model.config.max_position} positions")
+    largest, known = max(map(max, texts), default=0), len(variables["params"]["embed"]["table"])
+    if largest >= known:
+        raise ValueError(f"a text has the token {largest}, and the model {known} tokens; take its own tokenizer")
     found: list[float] = []
     for start in range(0, len(texts), batch_size):
         few = texts[start : start + batch_size]

@@ -4,6 +4,7 @@ from jaxsft.data import Config as Data
 from jaxsft.hub import Config as Model
 from jaxsft.hub import ExportConfig as Export
 from jaxsft.objectives import Config as Preference
+from jaxsft.objectives import Reward
 from jaxsft.optim import Config as Optim
 from jaxsft.run import Config as Run
 from jaxsft.sample import Config as Sample
@@ -12,4 +13,17 @@ from jaxsft.train import Config as Train
 from jaxsft.train import Pretraining
 from jaxsft.tuning import Config as Tuning
 
-__all__ = ["Data", "Export", "Mesh", "Model", "Optim", "Preference", "Pretraining", "Run", "Sample", "Train", "Tuning"]
+__all__ = [
+    "Data",
+    "Export",
+    "Mesh",
+    "Model",
+    "Optim",
+    "Preference",
+    "Pretraining",
+    "Reward",
+    "Run",
+    "Sample",
+    "Train",
+    "Tuning",
+]

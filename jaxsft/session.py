@@ -19,24 +19,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxsft import checkpoint, data, hub, models, objectives, optim, report, run, sharding, tree, tuning
+from jaxsft import checkpoint, data, hub, objectives, optim, report, run, sharding, tree, tuning
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.train import Config, Prepare, fit, init, make_evaluation, make_step, place
 from jaxsft.tuning import Learner
 from jaxsft.types import State
 
+VERSION = 1  # of what is computed of a reference; another one is computed again
 AGREE = 0.5  # nats an answer, on average, by which two computations of a reference may differ: other devices, bfloat16
 
 
-def start(config: run.Config, mesh: sharding.Config) -> tuple[Path, Mesh]:
+def start(config: run.Config, mesh: sharding.Config, how: Config) -> tuple[Path, Mesh]:
     """Prepares the run's folder and the devices, in that order: several hosts meet before they see each other's.
 
     Raises:
-      RunError, ValueError: see `run.start`, `sharding.mesh`.
+      RunError, ValueError: see `run.start`, `sharding.mesh`; a batch that the mesh cannot share out.
     """
     folder = run.start(config)
-    return folder, sharding.mesh(**dataclasses.asdict(mesh))
+    made = sharding.mesh(**dataclasses.asdict(mesh))
+    check_batch(how, made)
+    return folder, made
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch that the mesh and the microbatches cannot share out."""
+    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches):
+        raise RunError(
+            f"train.batch_size is {config.batch_size}; it must divide by microbatches x data x fsdp = "
+            f"{config.microbatches} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
+        )
 
 
 def load_tokenizer(model: hub.Config, template: str) -> tuple[Any, hub.Vocabulary | None]:
@@ -73,7 +85,7 @@ def load(
       CheckpointError, ValueError: see `hub.load_variables`, `tuning.plan`, `tuning.apply`.
     """
     family, shape = hub.read_config(hub.resolve(model.path), labels)
-    also = ["score/.*"] * bool(labels) + [models.TABLES] * bool(vocabulary)
+    also = tuning.always(labels=labels, new_tokens=vocabulary is not None)
     plan = tuning.plan(how, shape.layers, also=also)
     key_score, key_lora = jax.random.split(jax.random.key(seed)) if labels else (None, jax.random.key(seed))
     loaded, base = hub.load_variables(
@@ -159,12 +171,13 @@ def precompute(
     batch_size: int,
     mesh: Mesh,
     cache: Path,
-    key: str,
+    model: hub.Config,
+    detail: str = "",
 ) -> data.PackedPairs:
     """Runs the reference over all pairs once, so that training need not; what was computed is kept by content.
 
-    The file's name is a digest of the rows and of `key`. When it is found, the first batch is computed again all the
-    same, and must agree.
+    The file's name is a digest of the rows, the checkpoint, and of everything else that decides what the reference says
+    of them. When it is found, the first batch is computed again all the same, and must agree.
 
     Args:
       said: (variables, batch) -> {"chosen", "rejected"}, log-probabilities [B, K], such as `objectives.said`.
@@ -173,36 +186,45 @@ def precompute(
       batch_size: rows at one time.
       mesh: where it runs.
       cache: the folder for such files; several hosts each compute anew.
-      key: of everything else that decides what the reference says: its weights, its precision.
+      model: the checkpoint, and its precision.
+      detail: what else `said` depends on.
 
     Returns:
       the rows, with what the reference says of each pair.
 
     Raises:
-      RunError: a file that was found says something else than the model does.
+      RunError: a file that was found says something else than the model does; the folder cannot be written.
     """
-    name = hashlib.blake2b(f"{rows.digest} {key}".encode(), digest_size=16).hexdigest()
+    decides = [VERSION, rows.digest, hub.digest(hub.resolve(model.path)), model.dtype, model.quantise, detail]
+    decides += [learner.plan.trainable, learner.model.config.vocab_size]  # what trains is float32; new rows
+    name = hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
     file, known = cache / f"reference-{name}.npy", jax.process_count() == 1
     reference = Learner(learner.model, learner.plan, {}, objectives.reference(learner.variables))
     compute = measure(said, rows, batch_size=batch_size, mesh=mesh)
     if known and file.exists():
-        found, some = np.load(file, allow_pickle=False), compute(reference, batches=1)
-        off = np.inf
+        some, off = compute(reference, batches=1), np.inf
+        try:
+            found = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file} cannot be read ({error}); delete it") from error
         if found.shape == rows.documents.shape:
             off = np.abs(found[some["row"]] - np.stack([some["chosen"], some["rejected"]], axis=1)).mean()
         if not off < AGREE:
             raise RunError(f"{file} is not what the reference says, by {off:.3g} nats an answer; delete it")
-        return rows.with_reference(found)
+        return rows.with_reference(found, name)
     values = compute(reference)
     found = np.zeros(rows.documents.shape, np.float32)
     found[values["row"]] = np.stack([values["chosen"], values["rejected"]], axis=1)
-    rows = rows.with_reference(found)  # refuses what is not finite
+    rows = rows.with_reference(found, name)  # refuses what is not finite
     if known:
-        cache.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as stream:
-            np.save(stream, found, allow_pickle=False)
-        os.replace(part, file)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as stream:
+                np.save(stream, found, allow_pickle=False)
+            os.replace(part, file)
+        except OSError as error:
+            raise RunError(f"data.cache {cache} cannot be written ({error.strerror}); name another folder") from error
     return rows
 
 
@@ -239,12 +261,8 @@ def learn(
       RunError: see `fit`; a contradicting checkpoint; a batch that the mesh cannot share out.
       DataError: a token that the model does not have.
     """
-    c, shards = config, mesh.shape["data"] * mesh.shape["fsdp"]
-    if c.batch_size % (shards * c.microbatches):
-        raise RunError(
-            f"train.batch_size is {c.batch_size}; it must divide by microbatches x data x fsdp = "
-            f"{c.microbatches} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
-        )
+    c = config
+    check_batch(c, mesh)
     if (table := tree.flat(learner.variables).get("params/embed/table")) is not None:
         data.expect_tokens([*rows.sources, *(held_out.sources if held_out else ())], len(table))
     steps = c.max_steps or math.ceil(c.epochs * len(rows) / c.batch_size)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxsft import lora, quant, sharding, tree
 from jaxsft.lora import LoRA
-from jaxsft.models import Model
+from jaxsft.models import TABLES, Model
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
@@ -54,6 +54,16 @@ class Learner(NamedTuple):
     @property
     def variables(self) -> Tree:
         return tree.combine(self.trainable, self.frozen)
+
+
+def always(*, labels: int | None = None, new_tokens: bool = False) -> list[str]:
+    """What trains whatever the method is, for `plan(also=...)`: a reward model's score, and tables with new rows.
+
+    Example:
+      >>> always(labels=1)
+      ['score/.*']
+    """
+    return ["score/.*"] * bool(labels) + [TABLES] * new_tokens
 
 
 def plan(config: Config, depth: int, also: Sequence[str] = ()) -> Plan:

@@ -70,7 +70,7 @@ def main(cfg: Config) -> None:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, 2 * cfg.data.max_length)
         preflight.show(preflight.over_pairs(learning, reference=live), preflight.Sections(*parts), cfg.run.device_gb)
         return
-    folder, mesh = session.start(cfg.run, cfg.mesh)
+    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)
@@ -83,10 +83,9 @@ def main(cfg: Config) -> None:
     if live:
         learner = session.with_reference(learner)
     elif cfg.preference.needs_reference == "precomputed":
-        key = f"{hub.digest(hub.resolve(cfg.model.path))} {cfg.model.dtype} {cfg.model.quantise}"
-        key += f" {cfg.preference.ld_alpha} {learner.model.config.vocab_size}"
         said = objectives.said(learner.model, ld_alpha=cfg.preference.ld_alpha)
-        how = {"batch_size": cfg.train.batch_size, "mesh": mesh, "cache": data.cache(cfg.data), "key": key}
+        how = {"batch_size": cfg.train.batch_size, "mesh": mesh, "cache": data.cache(cfg.data)}
+        how |= {"model": cfg.model, "detail": f"ld_alpha {cfg.preference.ld_alpha}"}
         rows = session.precompute(said, learner, rows, **how)
         held_out = None if held_out is None else session.precompute(said, learner, held_out, **how)
 
@@ -120,7 +119,7 @@ def main(cfg: Config) -> None:
     if measure and held_out is not None:
         show(held_out, tokenizer, cfg.run.samples, pairs_before, measure(learner))
     samples = [(q.text, q.answer, b, a) for q, b, a in zip(asked, before, after, strict=True)]
-    report.finish(folder, samples, written, unit="of a pair")
+    report.finish(folder, samples, written, unit="of an answer" if cfg.preference.unpaired else "of a pair")
 
 
 if __name__ == "__main__":

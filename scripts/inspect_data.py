@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxsft import config, data, report, run, sections, session
+from jaxsft import config, data, hub, models, report, run, sections, session
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Config:
     init: Literal["pretrained", "random"] = "pretrained"
     """of scripts/pretrain.py, not used"""
     tuning: sections.Tuning = sections.Tuning()
+    preference: sections.Preference = sections.Preference()
+    reward: sections.Reward = sections.Reward()
     optim: sections.Optim = sections.Optim()
     train: sections.Pretraining = sections.Pretraining()
     mesh: sections.Mesh = sections.Mesh()
@@ -101,7 +103,8 @@ def main(cfg: Config) -> None:
         return
     tokenizer, _ = session.load_tokenizer(cfg.model, cfg.data.template)
     if kind in ("preference", "unpaired"):
-        rows, _, found = data.load_pairs(cfg.data, tokenizer, kind)
+        _, shape = hub.read_config(hub.resolve(cfg.model.path))
+        rows, _, found = data.load_pairs(cfg.data, tokenizer, kind, share_prompt=models.shares_prompts(shape))
     elif kind == "prompt":
         rows, _, found = data.load_prompts(cfg.data, tokenizer)
     else:

@@ -29,20 +29,12 @@ from jaxsft import (
 
 
 @dataclass(frozen=True)
-class Reward:
-    """What the scores are to be like."""
-
-    center: float = 0.0
-    """weight of the square of two scores' sum, which keeps scores near 0; 0.01 is usual"""
-
-
-@dataclass(frozen=True)
 class Config:
     """A run that makes a reward model."""
 
     model: sections.Model = sections.Model()
     tuning: sections.Tuning = sections.Tuning()
-    reward: Reward = Reward()
+    reward: sections.Reward = sections.Reward()
     data: sections.Data = sections.Data()
     optim: sections.Optim = sections.Optim(learning_rate=1e-4)
     train: sections.Train = sections.Train()
@@ -60,7 +52,7 @@ def main(cfg: Config) -> None:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, 2 * cfg.data.max_length)
         preflight.show(preflight.over_pairs(learning, labels=1), preflight.Sections(*parts), cfg.run.device_gb)
         return
-    folder, mesh = session.start(cfg.run, cfg.mesh)
+    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)

@@ -1,14 +1,13 @@
 """Two answers to each prompt, packed into rows in which the prompt stands once; `types.Pairs` shows one.
 
-Of an unpaired answer the other side is the next row's answer, put behind this row's prompt: with such a mismatched pair
-KTO measures how far a policy has moved (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1). The next row is that of
-the data, and the first one behind the last, so what is measured does not depend on the batches; TRL rotates the answers
-within the batch of each device.
+Of an unpaired answer the other side is the next answer to another prompt, put behind this row's: with such a mismatched
+pair KTO measures how far a policy has moved (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1). The next one is
+that of the data, and the first ones follow the last, so what is measured does not depend on the batches; TRL rotates
+the answers within the batch of each device, whatever their prompts.
 """
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -70,11 +69,12 @@ class PackedPairs(Sequence[Pairs]):
         """The documents of chosen and rejected, each as it would stand alone; `number` is `Pairs.row`."""
         return _pair(self.sources, self.documents[number], self.mismatched)
 
-    def with_reference(self, values: Float[np.ndarray, "R 2"]) -> "PackedPairs":
+    def with_reference(self, values: Float[np.ndarray, "R 2"], name: str) -> "PackedPairs":
         """The same rows with the log-probabilities that a reference gave, and a digest that tells which those are.
 
         Args:
           values: of chosen and rejected, by the number of the pair.
+          name: of what decides them; their last bits do not, which another machine may compute otherwise.
 
         Raises:
           ValueError: there are more or fewer, or one is not finite.
@@ -84,8 +84,7 @@ class PackedPairs(Sequence[Pairs]):
             raise ValueError(f"the reference has shape {values.shape}; expected {self.documents.shape}, a line a pair")
         if wrong := np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
             raise ValueError(f"the reference of pair {wrong[0]} is {values[wrong[0]].tolist()}; expected numbers")
-        digest = digest_of(self.digest, hashlib.blake2b(values.tobytes(), digest_size=12).hexdigest())
-        return dataclasses.replace(self, reference=values, digest=digest)
+        return dataclasses.replace(self, reference=values, digest=digest_of(self.digest, name))
 
     def _row(self, numbers: Int[np.ndarray, "_"]) -> Pairs:
         count = len(numbers)
@@ -125,6 +124,29 @@ def mismatch(asked: Example, answered: Example, max_length: int) -> Example:
     return Example(join(asked.ids, answered.ids), join(asked.mask, answered.mask))
 
 
+def _prompt(example: Example) -> bytes:
+    return example.ids[: int(np.argmax(example.mask))].tobytes()
+
+
+def elsewhere(prompts: Sequence[Any]) -> Int[np.ndarray, "R"] | None:
+    """For each row the next one with another prompt, going round; None where all have the same.
+
+    Example:
+      >>> elsewhere("aabc")
+      array([2, 2, 3, 0])
+    """
+    count = len(prompts)
+    after = lambda i: (i + 1) % count
+    ends = next((i for i in range(count) if prompts[i] != prompts[after(i)]), None)
+    if ends is None:
+        return None
+    found = np.zeros(count, np.int64)
+    for i in range(ends, ends - count, -1):
+        here = i % count
+        found[here] = after(here) if prompts[here] != prompts[after(here)] else found[after(here)]
+    return found
+
+
 def prompt_length(chosen: Example, rejected: Example) -> int:
     """Tokens of the prompt of two documents: those that both begin with, up to the first one that either learns.
 
@@ -154,7 +176,7 @@ def load_pairs(
       config: what, and how. A row has twice data.max_length, as that is the most tokens of one document, prompt and
         answer; without data.packing it is one pair, and as long as the longest of them.
       tokenizer: of transformers, fast, with a chat template.
-      kind: "preference", or "unpaired": then chosen is a row's own answer, and rejected that of the next row.
+      kind: "preference", or "unpaired": then chosen is a row's own answer, and rejected the next one to another prompt.
       share_prompt: a prompt stands in its row once, which not every model can read: see `models.shares_prompts`.
 
     Returns:
@@ -190,11 +212,15 @@ def _pack(chosen: Chosen, config: Config, kind: str, share_prompt: bool, name: s
     mismatched = config.max_length if kind == "unpaired" else 0
     first = chosen.documents if mismatched else chosen.documents[chosen.documents % 2 == 0]
     first, order = np.unique(first, return_inverse=True)  # a row that comes twice is one pair, twice in the order
-    if mismatched and len(first) == 1:
-        raise DataError(
-            f"{name} has one answer, and it is scored beside the answer of another row; give two rows or more"
-        )
-    documents = np.stack([first, np.roll(first, -1) if mismatched else first + 1], axis=1)
+    second = first + 1
+    if mismatched:
+        other = elsewhere([_prompt(pick(chosen.sources, int(number))) for number in first])
+        if other is None:
+            raise DataError(
+                f"{name} has answers to one prompt alone, and each is scored beside that to another; give more rows"
+            )
+        second = first[other]
+    documents = np.stack([first, second], axis=1)
     values = np.concatenate([one.values[one.rows] for one in chosen.sources])[first]
     shared, sizes = _measure(chosen.sources, documents, mismatched, share_prompt)
     length = 2 * config.max_length
@@ -204,7 +230,7 @@ def _pack(chosen: Chosen, config: Config, kind: str, share_prompt: bool, name: s
     else:
         length = min(-(-int(sizes.max()) // ALIGN) * ALIGN, length)
         rows = np.arange(len(order) + 1)
-    digest = digest_of(chosen.digest, length, config.packing, share_prompt)
+    digest = digest_of(chosen.digest, length, config.packing, share_prompt, kind)
     packed = PackedPairs(chosen.sources, documents, values, shared, order, rows, length, digest, mismatched)
     return packed, int(sizes[order].sum()) / (len(packed) * length)
 

@@ -33,7 +33,7 @@ def questions(rows: PackedRows | PackedPairs, tokenizer: Any, count: int) -> lis
     """Takes `count` documents, evenly over the rows' sources, as questions.
 
     Of a conversation it is all up to its last learned answer, and `text` is what the user said last; of a text it is
-    the opening; of a pair its prompt, and the answer is the chosen one.
+    the opening; of a pair its prompt, and the answer is the chosen one; of unpaired answers those that are wanted.
 
     Args:
       rows: held out, from `load` or `load_pairs`.
@@ -41,7 +41,8 @@ def questions(rows: PackedRows | PackedPairs, tokenizer: Any, count: int) -> lis
       count: how many.
     """
     if isinstance(rows, PackedPairs):
-        return [one.question for one in comparisons(rows, tokenizer, count)]
+        wanted = np.flatnonzero(rows.values > 0) if rows.mismatched else None
+        return [one.question for one in comparisons(rows, tokenizer, count, wanted)]
     found = []
     for document in _spread(np.unique(rows.documents), count):
         ids, mask = rows.document(document)
@@ -57,16 +58,17 @@ def questions(rows: PackedRows | PackedPairs, tokenizer: Any, count: int) -> lis
     return found
 
 
-def comparisons(rows: PackedPairs, tokenizer: Any, count: int) -> list[Comparison]:
+def comparisons(rows: PackedPairs, tokenizer: Any, count: int, among: np.ndarray | None = None) -> list[Comparison]:
     """Takes `count` pairs, evenly over the rows' sources: what was asked, and both answers.
 
     Args:
       rows: held out, from `load_pairs`; of unpaired answers the rejected one is another row's.
       tokenizer: that they were tokenised with.
       count: how many.
+      among: the numbers of the pairs to take them from, by default all.
     """
     found = []
-    for pair in _spread(np.arange(len(rows.documents)), count).tolist():
+    for pair in _spread(np.arange(len(rows.documents)) if among is None else among, count).tolist():
         both = rows.pair(pair)
         start = prompt_length(*both)
         prompt = both[0].ids[:start]
@@ -97,6 +99,7 @@ def blanks(rows: PackedRows, tokenizer: Any, count: int) -> list[Question]:
 
 def _spread(numbers: Int[np.ndarray, "N"], count: int) -> Int[np.ndarray, "_"]:
     """Some of them, evenly over all."""
+    count = min(count, len(numbers))
     return numbers[np.unique(np.linspace(0, len(numbers) - 1, count).round().astype(int)) if count else []]
 
 

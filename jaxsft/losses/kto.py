@@ -137,7 +137,7 @@ def bco_shift(answers: ScoredAnswers, beta: float = 0.1) -> Float[Array, ""]:
 class Unpaired(NamedTuple):
     """A loss of single answers in two parts, since what all answers of a step share is found before it is cut."""
 
-    point: Callable[..., dict[str, Array]]  # (answers, policy, reference) -> what `loss` takes beside answers
+    point: Callable[..., dict[str, Array]] | None  # (answers, policy, reference) -> what `loss` takes beside answers
     loss: Callable[..., Losses]  # (answers, **point)
 
 
@@ -164,7 +164,7 @@ def unpaired(name: str, **options: Any) -> Unpaired:
     beta = {"beta": options["beta"]} if "beta" in options else {}
     points = {
         "kto": lambda answers, policy, reference: {"kl": kto_kl(policy, reference, answers.exists)},
-        "apo_zero_unpaired": lambda answers, policy, reference: {},
+        "apo_zero_unpaired": None,
         "bco": lambda answers, policy, reference: {"delta": bco_shift(answers, **beta)},
     }
     return Unpaired(points[name], functools.partial(UNPAIRED[name], **options))

@@ -10,6 +10,7 @@ from jaxsft.objectives.language import Objective, expect, supervised
 from jaxsft.objectives.masked import masked
 from jaxsft.objectives.pairs import Each, Pairwise, reference
 from jaxsft.objectives.preference import Config, of, preference, said
+from jaxsft.objectives.reward import Config as Reward
 from jaxsft.objectives.reward import bradley_terry
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Each",
     "Objective",
     "Pairwise",
+    "Reward",
     "bradley_terry",
     "expect",
     "judged",

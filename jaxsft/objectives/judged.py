@@ -60,7 +60,9 @@ def judged(
         return now, then, {name: known(x, batch) for name, x in seen.items()}, policy
 
     def point(now: Array, then: Array, batch: Pairs) -> dict[str, Array]:
-        """The point of reference that all answers of the step share."""
+        """The point of reference that all answers of the step share, if there is one."""
+        if function.point is None:
+            return {}
         exists = batch.exists.ravel()
         mine = ScoredAnswers(now[..., 0].ravel(), then[..., 0].ravel(), batch.value.ravel() > 0, exists)
         return function.point(mine, now[..., 1].ravel(), then[..., 1].ravel())
@@ -87,4 +89,4 @@ def judged(
         now, then = over(lambda *piece: look(*piece)[:2])
         return Known(batch, {n: jnp.full(batch.exists.shape, x) for n, x in point(now, then, batch).items()})
 
-    return Pairwise(objective, prepare, lambda variables, batch: each(variables, batch)[0])
+    return Pairwise(objective, prepare if function.point else None, lambda variables, batch: each(variables, batch)[0])

@@ -94,8 +94,9 @@ def preference(
     Args:
       model: a decoder.
       terms: name of a loss to its weight; {"sigmoid": 1.0} is DPO.
-      reference: "live" runs it; "batch" takes `Pairs.reference`, see `session.precompute`. Losses that have none ignore
-        both.
+      reference: "live" runs it: the base without its adapter, and where the base's parameters train, those that
+        `session.with_reference` keeps; without them the policy would be compared with itself. "batch" takes
+        `Pairs.reference`, see `session.precompute`. Losses that have none ignore both.
       ld_alpha, wpo: see `losses.ld_weights`, `losses.wpo`.
       chunk: as for `supervised`.
       options: of the losses.
@@ -106,10 +107,12 @@ def preference(
       (see `pairs.divergence`; where the reference runs) and the loss's own.
 
     Raises:
-      ValueError: an encoder, an unknown loss, an option that no loss takes.
+      ValueError: an encoder, an unknown loss, an option that no loss takes, wpo with a loss that sorts.
     """
     expect("causal", model.config)
     loss = losses.weighted(terms, **options)
+    if wpo and (coupled := set(terms) & losses.COUPLED):
+        raise ValueError(f"wpo weighs single pairs, and {coupled.pop()} sorts all of a step; leave out one of the two")
     compared = bool(set(terms) - losses.WITHOUT_REFERENCE)
 
     def look(variables: Mapping, batch: Pairs, key: Key | None) -> tuple[Scored, Each, Read]:
@@ -218,13 +221,25 @@ def of(config: Config) -> Callable[..., Pairwise]:
       ValueError: preference.wpo is for losses over pairs; kto judges answers one by one
     """
     c, kept = config, {"reference": "batch" if config.reference == "precomputed" else "live"}
-    if not c.unpaired:
-        losses.weighted(c.terms, **c.keywords)  # refuses what cannot be, before a model is read
+    if c.beta is not None and c.beta <= 0:
+        raise ValueError(f"preference.beta is {c.beta}; it must be above 0, or what is rejected would be preferred")
+    if c.ld_alpha is not None and not 0 <= c.ld_alpha <= 1:
+        raise ValueError(
+            f"preference.ld_alpha is {c.ld_alpha}; it must be between 0 and 1, which is the loss without it"
+        )
+    if not c.unpaired:  # refuse what cannot be, before a model is read
+        one: Any = jax.ShapeDtypeStruct((1,), jnp.float32)
+        exists: Any = jax.ShapeDtypeStruct((1,), jnp.bool_)
+        jax.eval_shape(losses.weighted(c.terms, **c.keywords), Scored(one, one, one, one, one, one, exists))
+        if c.wpo and (coupled := set(c.terms) & losses.COUPLED):
+            raise ValueError(f"preference.wpo weighs single pairs, and {coupled.pop()} sorts all of a step")
         more = {"ld_alpha": c.ld_alpha, "wpo": c.wpo}
         return functools.partial(preference, terms=c.terms, **kept, **more, **c.keywords)
     name, *others = c.terms
-    if others:
-        raise ValueError(f"preference.loss is {', '.join(c.terms)}; {name} judges answers one by one, and stands alone")
+    if others or c.terms[name] != 1:
+        raise ValueError(
+            f"preference.loss is {c.terms}; {name} judges answers one by one, and stands alone, at weight 1"
+        )
     for option in ("ld_alpha", "wpo"):
         if getattr(c, option):
             raise ValueError(f"preference.{option} is for losses over pairs; {name} judges answers one by one")

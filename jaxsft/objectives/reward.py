@@ -1,11 +1,20 @@
 """The reward model: it learns to score the better of two answers higher, from pairs alone."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from jaxsft import losses
 from jaxsft.models import Model, scores
 from jaxsft.objectives.pairs import Each, Pairwise, ends, run, sums
 from jaxsft.types import Key, Pairs, Sums
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the scores of a reward model are to be like."""
+
+    center: float = 0.0
+    """weight of the square of two scores' sum, which keeps scores near 0; 0.01 is usual"""
 
 
 def bradley_terry(model: Model, *, center: float = 0.0, chunk: int | None = None) -> Pairwise:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxsft import data, hub
 from jaxsft.data import Config, DataError, Example, batches, comparisons, load_pairs, pairs_in_memory, questions
+from jaxsft.data.pairs import elsewhere
 from jaxsft.types import reads
 
 from .conftest import write
@@ -150,7 +151,7 @@ def test_each_answer_is_learned_once_an_epoch_and_no_token_is_lost_or_invented(s
 @settings(QUICK, max_examples=12)
 @given(sizes=SIZES, size=st.integers(1, 3), seed=st.integers(0, 9), at=st.integers(0, 5), processes=st.integers(1, 2))
 def test_any_order_goes_on_from_any_place_and_is_shared_between_processes(sizes, size, seed, at, processes):
-    rows = pairs_in_memory(drawn(sizes), 22).with_reference(np.arange(2 * len(sizes)).reshape(-1, 2))
+    rows = pairs_in_memory(drawn(sizes), 22).with_reference(np.arange(2 * len(sizes)).reshape(-1, 2), "a")
 
     def take(position, count, **share):
         endless = batches(rows, size * processes, seed=seed, epochs=None, position=position, **share)
@@ -238,15 +239,18 @@ def test_batches_are_filled_up_with_empty_rows(tmp_path, chatml):
 def test_a_pair_has_the_reference_of_its_number_and_another_one_is_other_data(tmp_path, chatml):
     rows = opened(tmp_path, chatml, preferences(9), max_length=32).train
     given = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
-    known = rows.with_reference(given)
+    known = rows.with_reference(given, "a model")
     for row, plain in zip(known, rows, strict=True):
         assert row.reference[row.exists].tolist() == given[row.row[row.exists]].tolist()
         assert not row.reference[~row.exists].any()
         assert not plain.reference.any()
         assert all(np.array_equal(x, y) for x, y in zip(row[:-1], plain[:-1], strict=True))
     position = next(batches(known, 2, seed=0, epochs=None)).position
-    assert next(batches(rows.with_reference(given), 2, seed=0, epochs=None, position=position)).position != position
-    for other in (rows, rows.with_reference(given + 1)):
+    assert (
+        next(batches(rows.with_reference(given + 1e-7, "a model"), 2, seed=0, epochs=None, position=position)).position
+        != position
+    )
+    for other in (rows, rows.with_reference(given, "another model")):
         with pytest.raises(DataError, match="the data is not that of the checkpoint"):
             batches(other, 2, seed=0, epochs=None, position=position)
 
@@ -263,7 +267,7 @@ def test_a_pair_has_the_reference_of_its_number_and_another_one_is_other_data(tm
 )
 def test_a_reference_of_something_else_is_refused(tmp_path, chatml, values, message):
     with pytest.raises(ValueError, match=message):
-        opened(tmp_path, chatml, preferences(9)).train.with_reference(values)
+        opened(tmp_path, chatml, preferences(9)).train.with_reference(values, "a model")
 
 
 def test_what_decides_the_rows_decides_their_digest(tmp_path, chatml):
@@ -313,10 +317,22 @@ def test_the_answer_of_another_row_is_cut_where_both_would_be_too_long(tmp_path,
     assert int(max(row.positions.max() for row in rows)) < 16
 
 
+def test_the_other_answer_is_to_another_prompt_even_where_both_answers_to_one_stand_side_by_side():
+    prompts = [3, 3, 1, 1, 1, 2, 3]
+    found = elsewhere(prompts)
+    for i, other in enumerate(found.tolist()):
+        between = [(i + step) % 7 for step in range(1, (other - i) % 7)]
+        assert prompts[other] != prompts[i]
+        assert all(prompts[j] == prompts[i] for j in between)
+    assert elsewhere([4, 4, 4]) is None
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_one_answer_alone_is_refused(tmp_path, chatml, held):
     name = "data.val_fraction" if held else "data.train"
-    with pytest.raises(DataError, match=f"{name} has one answer, and it is scored beside the answer of another row"):
+    with pytest.raises(
+        DataError, match=f"{name} has answers to one prompt alone, and each is scored beside that to another"
+    ):
         opened(tmp_path, chatml, judged(5 if held else 1), "unpaired", val_fraction=0.2 if held else 0.0)
 
 

@@ -226,6 +226,12 @@ def test_a_batch_of_padding_has_no_loss_and_no_nan(model, adapted, batch):
         ({"loss": "kto", "ld_alpha": 0.5}, "preference.ld_alpha is for losses over pairs"),
         ({"loss": "hinge", "options": {"gamma": 1.0}}, "gamma"),
         ({"loss": "kto", "options": {"gamma": 1.0}}, "gamma"),
+        ({"loss": {"kto": 0.5}}, "stands alone, at weight 1"),
+        ({"beta": -0.1}, "preference.beta is -0.1; it must be above 0"),
+        ({"ld_alpha": 2.0}, "preference.ld_alpha is 2.0; it must be between 0 and 1"),
+        ({"loss": "aot_unpaired", "wpo": True}, "wpo weighs single pairs, and aot_unpaired sorts all of a step"),
+        ({"loss": "robust", "label_smoothing": 0.6}, "0.6"),
+        ({"options": {"divergence": "jensen"}}, "jensen"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_before_a_model_is_read(config, message):
