@@ -6,7 +6,7 @@ import shutil
 import tempfile
 
 # Tests wait for the compiler and hardly for what it makes. Without LLVM's optimisations, and without the emitters that
-# lower every fusion through MLIR, a training step of a tiny model compiles in a third of the time. Rounding differs in
+# lower every fusion through MLIR, a training step of a tiny model compiles in half the time. Rounding differs in
 # the last bits, nothing else does. What XLA_FLAGS says already comes later and wins: with
 # `--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true` tests compile as runs do. Scripts that are
 # started as processes always do, see scripts/conftest.py.
