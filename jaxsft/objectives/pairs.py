@@ -110,14 +110,15 @@ def before(model: Model, variables: Mapping, batch: Pairs, chunk: int | None) ->
 
 
 def divergence(policy: Read, before: Float[Array, "B T"], batch: Pairs, sides: int = 2) -> Float[Array, "B K"]:
-    """KL of policy and reference, a token: e^u - 1 - u with u = log reference / policy, over the tokens of the answers.
+    """KL of policy and reference, a token: u^2 / 2 with u = log reference / policy, over the tokens of the answers.
 
     These were not drawn from the policy, so it is an estimate of how far it has moved, no more; it is never negative.
 
-    Source: Schulman 2020, "Approximating KL divergence", k3.
+    Source: Schulman 2020, "Approximating KL divergence", k2; k3, e^u - 1 - u, explodes where the policy has learned to
+    avoid a token that it was shown.
     """
     ratio = jnp.where(policy.learned, before - policy.logprobs, 0.0)
-    terms, counts = (answers(x, batch)[..., :sides].sum(axis=-1) for x in (jnp.expm1(ratio) - ratio, policy.learned))
+    terms, counts = (answers(x, batch)[..., :sides].sum(axis=-1) for x in (ratio**2 / 2, policy.learned))
     return terms / jnp.maximum(counts, 1.0)
 
 
