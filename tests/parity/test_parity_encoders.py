@@ -13,6 +13,7 @@ from jaxsft import hub, lora, losses, make_step, models, objectives, train, tree
 from jaxsft.hub import names
 from jaxsft.hub.files import Reader
 from jaxsft.lora import LoRA
+from jaxsft.objectives.masked import _sum
 from jaxsft.types import Tokens
 
 from .pairs import ENCODERS, VOCAB, pack, random_adapter, torch, transformers
@@ -243,7 +244,7 @@ def batch(seed: int = 7) -> Tokens:
 
 def torch_loss(model, tokens: Tokens, key):
     """Transformers' own loss of the same hidden tokens, the documents of a row one by one."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.split(key)[0], objectives._sum(tokens.tokens))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.split(key)[0], _sum(tokens.tokens))
     hide = functools.partial(losses.mask_tokens, mask_id=MASK, ordinary=jnp.arange(LEAST, VOCAB), rate=0.3)
     given, chosen = jax.vmap(hide)(keys, tokens.tokens, tokens.mask)
     total, count = 0.0, int(chosen.sum())
