@@ -1,4 +1,5 @@
 import json
+import re
 
 import jaxsft
 
@@ -56,7 +57,10 @@ def test_preferences_show_the_prompt_once_both_answers_and_how_they_are_packed(r
 
 
 def test_an_unpaired_answer_is_shown_beside_that_of_the_next_row(run_here, tmp_path, capsys):
-    made = [{"prompt": "Sky?", "completion": f" {word}.", "label": word == "Blue"} for word in ("Blue", "Green", "Red")]
+    made = [
+        {"prompt": prompt, "completion": f" {word}.", "label": word == "Blue"}
+        for prompt, word in (("Sky?", "Blue"), ("Leaf?", "Green"), ("Rose?", "Red"))
+    ]
     file = lines(tmp_path / "a.jsonl", made)
     run_here("inspect_data", "--model.path", jaxsft.BASE, "--data.train", file, "--out", str(tmp_path), "--show", "1")
     shown = capsys.readouterr().out
@@ -71,7 +75,8 @@ def test_images_are_counted_by_class_and_missing_files_are_named(run_here, tmp_p
     (tmp_path / "here.png").write_bytes(b"")
     rows = [{"image_path": "here.png", "label": "a"}, {"image_path": "gone.png", "label": "b"}]
     run_here("inspect_data", "--data.train", lines(tmp_path / "a.jsonl", rows))
-    shown = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    shown = " ".join(out.split())
     assert "a │ 1" in shown
     assert "missing │ 1" in shown
-    assert "gone" in shown
+    assert "gone.png" in re.sub(r"[\s│]", "", out)  # wherever the cell breaks the path
