@@ -330,6 +330,28 @@ def test_a_merge_of_grown_tables_changes_nothing_but_them(tiny, tmp_path, family
             np.testing.assert_array_equal(x, jnp.asarray(tree.flat(params)[path]).astype(dtype))
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_reward_model_has_new_tokens_too(tiny, tmp_path, tied):
+    """It has no output layer, so the embedding alone grows."""
+    folder, family = tiny("llama", tied=tied), families.FAMILIES["llama"]
+    vocabulary = Vocabulary(99, np.arange(96), np.arange(96, 99))
+    _, variables = hub.load_variables(str(folder), labels=1, key=jax.random.key(0), vocabulary=vocabulary)
+    params, spec = variables["params"], lora.LoRA(2, targets=".*/q")
+    trained = tree.partition(params, [families.TABLES, "score/.*"])[0]
+    hub.merge(str(folder), str(tmp_path / "merged"), trained=trained)
+    again, merged = hub.load(str(tmp_path / "merged"))
+    assert (again.config.labels, again.config.vocab_size) == (1, 99)
+    for path, x in tree.flat(params).items():
+        np.testing.assert_array_equal(tree.flat(merged)[path], x)
+    low = lora.init(jax.random.key(1), params, spec)
+    how = {"family": family, "base": str(folder), "trained": trained}
+    hub.export_adapter(str(tmp_path / "adapter"), low, spec, **how)
+    config = hub.read_config(folder)[1]
+    back = hub.load_adapter(str(tmp_path / "adapter"), hub.on_disk(str(folder)), family=family, config=config)
+    for path, x in tree.flat(trained).items():
+        np.testing.assert_array_equal(tree.flat(back.params)[path], x)
+
+
 def test_a_padded_table_is_merged_without_a_change_of_its_size(padded, tmp_path):
     _, vocabulary = hub.load_vocabulary(str(padded), NEW)
     _, params = hub.load(str(padded), vocabulary=vocabulary)

@@ -160,8 +160,10 @@ def test_with_full_tuning_the_reference_stays_what_it_was(run_here, small, pairs
     assert lines[-1]["margin"] > 0
 
 
-def test_over_a_packed_base_in_bfloat16_the_loss_begins_at_log_2_too(run_here, small, pairs, tmp_path):
+def test_over_a_packed_base_in_bfloat16_with_new_tokens_the_loss_begins_at_log_2_too(run_here, small, pairs, tmp_path):
+    """The tables train then, and the reference keeps them as they were."""
     more = {"model.quantise": "nf4", "model.dtype": "bfloat16", "model.remat": "block", "train.max_steps": 2}
+    more |= {"model.new_tokens": '["<sum>", "<diff>"]'}
     run_here("dpo", *arguments(small, pairs, tmp_path / "run", **more, **{"export.merged": "false", "run.samples": 0}))
     first, second = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line)
     assert first["loss"] == pytest.approx(LN2, abs=1e-7)

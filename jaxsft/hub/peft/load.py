@@ -194,7 +194,7 @@ def _complain(file: Path, parts: Parts, known: Mapping, settings: Settings, base
     if settings.tokens and not parts.tokens:
         raise CheckpointError(f"{file} lacks {TOKENS}, though {CONFIG} sets trainable_token_indices; export it again")
     if base.size:
-        alone = base.tied and (settings.tied or EMBED not in parts.saved)
+        alone = settings.task == SCORES or (base.tied and (settings.tied or EMBED not in parts.saved))
         for address in base.tables:
             if not (alone and address == HEAD) and address not in {**parts.saved, **parts.copies}:
                 raise CheckpointError(
