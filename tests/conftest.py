@@ -14,6 +14,10 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
+# Eight devices take their collectives from one pool of threads, as many as there are devices or cores. Two collectives
+# that do not wait for each other may come up in another order on each device; once every thread waits for a device that
+# has none left, XLA aborts the process. More threads than can wait at once rule that out.
+os.environ.setdefault("NPROC", "64")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAXSFT_CACHE"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
