@@ -117,6 +117,20 @@ def _scoring(family: Family, config: Mapping) -> dict:
     return {**config, **labels, "architectures": [family.classifier]}
 
 
+FULL = np.dtype("float32")
+
+
+def _folded(weight: np.ndarray, low: Mapping[str, tuple], name: str, *, turned: bool) -> np.ndarray:
+    """A weight with its adapter folded in, in float32; `turned` where it lies in the file the other way round."""
+    leaves = {part: fetch(*leaf, transposed=False, dtype=FULL) for part, leaf in low.items()}
+    wanted = (leaves["a"].shape[-2], leaves["b"].shape[-1])
+    if wanted != (weight.shape[::-1] if turned else weight.shape[-2:]):
+        wanted = wanted[::-1] if turned else wanted
+        raise CheckpointError(f"the adapter of {name!r} has shape {wanted}, but the base has {weight.shape}")
+    result = lora.adapted(weight.T if turned else weight, leaves)
+    return result.T if turned else result
+
+
 def merge(
     base: str, path: str, *, adapter: Mapping | None = None, trained: Mapping | None = None, shard_gb: float = 5.0
 ) -> list[Path]:
@@ -172,23 +186,17 @@ def merge(
         return grown["vocab_size"], *old[1:]
 
     def make(name: str) -> np.ndarray:
-        old, full = reader.read(files[name]), np.dtype("float32")
         if name not in known:
-            return old
+            return reader.read(files[name])
         address, transposed = known[name]
-        result = fetch(*new[address], transposed=transposed, dtype=full) if address in new else old
-        if result.shape != shape_of(name):
-            raise CheckpointError(f"{name!r} was trained with shape {result.shape}, but {source} has {old.shape}")
+        learned = address in new
+        weight = fetch(*new[address], transposed=transposed, dtype=FULL) if learned else reader.read(files[name])
+        if weight.shape != shape_of(name):
+            had = reader.shape(files[name])
+            raise CheckpointError(f"{name!r} was trained with shape {weight.shape}, but {source} has {had}")
         if address in low:
-            leaves = {part: fetch(*leaf, transposed=False, dtype=full) for part, leaf in low[address].items()}
-            turned = transposed or address == output
-            wanted = (leaves["a"].shape[-2], leaves["b"].shape[-1])
-            if wanted != (result.shape[::-1] if turned else result.shape[-2:]):
-                wanted = wanted[::-1] if turned else wanted
-                raise CheckpointError(f"the adapter of {name!r} has shape {wanted}, but {source} has {old.shape}")
-            result = lora.adapted(result.T if turned else result, leaves)
-            result = result.T if turned else result
-        return result.astype(old.dtype)
+            weight = _folded(weight, low[address], name, turned=transposed or address == output)
+        return weight.astype(kinds[name])
 
     have = {known[name].address for name in files if name in known}
     if adds := names.SCORE in new and names.SCORE not in have:
