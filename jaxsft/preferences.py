@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxsft import report
 
@@ -142,13 +142,18 @@ def plot_calibration(margins: Float[np.ndarray, "N"], png: Path) -> None:
     plt.close(figure)
 
 
-def compare(texts: Sequence[tuple[str, str, str]], before: np.ndarray, after: np.ndarray, title: str) -> None:
-    """Prints pairs with a number of each before and after.
+def compare(shown: Sequence[Any], row: Int[np.ndarray, "N"], before: np.ndarray, after: np.ndarray, title: str) -> None:
+    """Prints some pairs with a number of each before and after.
 
     Args:
-      texts: (prompt, chosen, rejected).
-      before, after: of each.
+      shown: from `data.comparisons`.
+      row: the numbers of the pairs that were measured, in order.
+      before, after: of each of those.
       title: what the numbers are.
     """
-    rows = [(*text, f"{b:+.3f}", f"{a:+.3f}") for text, b, a in zip(texts, before, after, strict=True)]
-    report.table(title, ("prompt", "chosen", "rejected", "before", "after"), rows)
+    lines = []
+    for one in shown:
+        at = int(np.searchsorted(row, one.pair))
+        told = (f"{values[at]:+.3f}" for values in (before, after))
+        lines.append((one.question.text, one.question.answer, one.rejected, *told))
+    report.table(title, ("prompt", "chosen", "rejected", "before", "after"), lines)

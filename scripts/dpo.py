@@ -51,14 +51,12 @@ def show(held_out: data.PackedPairs, tokenizer, count: int, before: dict, after:
         wanted = held_out.values[after["row"]] > 0
         preferences.show({"reward after, turned round where not wanted": np.where(wanted, 1, -1) * after["reward"]})
         return
-    likelier = [found["logps_chosen"] - found["logps_rejected"] for found in (before, after)]
+    was, now = (found["logps_chosen"] - found["logps_rejected"] for found in (before, after))
     names = ("log-probability before", "log-probability after", "reward after")
-    margins: dict[str, np.ndarray] = dict(zip(names, (*likelier, after["margin"]), strict=True))
+    margins: dict[str, np.ndarray] = dict(zip(names, (was, now, after["margin"]), strict=True))
     preferences.show(margins, held_out.longer[after["row"]])
     shown = data.comparisons(held_out, tokenizer, count)
-    at = [int(np.searchsorted(after["row"], one.pair)) for one in shown]
-    texts = [(one.question.text, one.question.answer, one.rejected) for one in shown]
-    preferences.compare(texts, likelier[0][at], likelier[1][at], "log-probability of chosen less that of rejected")
+    preferences.compare(shown, after["row"], was, now, "log-probability of chosen less that of rejected")
 
 
 def main(cfg: Config) -> None:

@@ -10,8 +10,6 @@ features gives the score; `merged/` is what transformers calls a model for seque
 import functools
 from dataclasses import dataclass
 
-import numpy as np
-
 from jaxsft import (
     config,
     data,
@@ -91,9 +89,8 @@ def main(cfg: Config) -> None:
         )
         preferences.plot_calibration(after["margin"], folder / "calibration.png")
         shown = data.comparisons(held_out, tokenizer, cfg.run.samples)
-        at = [int(np.searchsorted(after["row"], one.pair)) for one in shown]
-        texts = [(one.question.text, one.question.answer, one.rejected) for one in shown]
-        preferences.compare(texts, before["margin"][at], after["margin"][at], "score of chosen less that of rejected")
+        scored = (before["margin"], after["margin"])
+        preferences.compare(shown, after["row"], *scored, "score of chosen less that of rejected")
     report.finish(folder, [], written, unit="of a pair")
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxsft import preferences
+from jaxsft.data import Comparison, Question
 
 
 def test_the_interval_of_a_share_is_wilsons():
@@ -66,7 +67,8 @@ def test_the_calibration_is_drawn_even_of_a_few_pairs(tmp_path):
 
 def test_pairs_are_shown_with_their_numbers(capsys):
     preferences.show({"score before": np.array([-1.0, 1.0]), "score after": np.array([1.0, 2.0])}, np.array([1, 2]))
-    preferences.compare([("a [b]?", "yes", "no")], np.array([0.5]), np.array([1.25]), "margin")
+    shown = [Comparison(Question("a [b]?", [1], "yes"), "no", 7)]
+    preferences.compare(shown, np.array([3, 7]), np.array([9.0, 0.5]), np.array([9.0, 1.25]), "margin")
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("score before", "50.0%", "+1.5000", "prefers the longer", "a [b]?", "+0.500", "+1.250"):
         assert words in shown, words
