@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxsft import losses
 from jaxsft.losses import ScoredAnswers
@@ -12,18 +11,18 @@ from jaxsft.models import Model
 from jaxsft.objectives.language import expect
 from jaxsft.objectives.pairs import (
     Each,
-    Known,
     Pairwise,
-    Read,
     Reference,
+    Whole,
     answers,
-    before,
     divergence,
-    known,
+    existing,
+    pairwise,
     read,
-    sums,
+    reference_logprobs,
+    repeated,
 )
-from jaxsft.types import Key, Mean, Pairs, Sums
+from jaxsft.types import Key, Pairs
 
 
 def judged(
@@ -49,44 +48,39 @@ def judged(
     expect("causal", model.config)
     function = losses.unpaired(loss, **options)
 
-    def look(variables: Mapping, batch: Pairs, key: Key | None) -> tuple[Array, Array, Each, Read]:
+    def look(variables: Mapping, batch: Pairs, key: Key | None) -> tuple[Array, Array, Each, Array]:
         policy = read(model, variables, batch, key, chunk)
         now, then = answers(policy.logprobs, batch), batch.reference
         seen = {"logps": now[..., 0]}
         if reference == "live":
-            old = before(model, variables, batch, chunk)
+            old = reference_logprobs(model, variables, batch, chunk)
             then = answers(old, batch)
             seen["kl"] = divergence(policy, old, batch, sides=1)
-        return now, then, {name: known(x, batch) for name, x in seen.items()}, policy
+        return now, then, {name: existing(x, batch) for name, x in seen.items()}, policy.balance
 
-    def point(now: Array, then: Array, batch: Pairs) -> dict[str, Array]:
+    def point(now: Array, then: Array, batch: Pairs) -> Each:
         """The point of reference that all answers of the step share, if there is one."""
         if function.point is None:
             return {}
-        exists = batch.exists.ravel()
-        mine = ScoredAnswers(now[..., 0].ravel(), then[..., 0].ravel(), batch.value.ravel() > 0, exists)
-        return function.point(mine, now[..., 1].ravel(), then[..., 1].ravel())
+        found = function.point(_own(now, then, batch), now[..., 1].ravel(), then[..., 1].ravel())
+        return {name: repeated(value, batch) for name, value in found.items()}
 
-    def each(variables: Mapping, batch: Pairs | Known, key: Key | None = None) -> tuple[Each, Pairs, Read]:
-        pairs, whole = batch if isinstance(batch, Known) else (batch, {})
-        now, then, seen, policy = look(variables, pairs, key)
-        shared = {name: x[0, 0] for name, x in whole.items()} or point(now, then, pairs)
-        mine = ScoredAnswers(now[..., 0].ravel(), then[..., 0].ravel(), pairs.value.ravel() > 0, pairs.exists.ravel())
-        value, metrics = function.loss(mine, **shared)
-        shaped = {name: x.reshape(pairs.exists.shape) for name, x in ({"loss": value} | metrics).items()}
-        return shaped | seen, pairs, policy
+    def tell(variables: Mapping, whole: Whole, key: Key | None) -> tuple[Each, Array]:
+        now, then, seen, balance = look(variables, whole.pairs, key)
+        shared = whole.shared or point(now, then, whole.pairs)
+        share = {name: value[0, 0] for name, value in shared.items()}
+        value, metrics = function.loss(_own(now, then, whole.pairs), **share)
+        shaped = {name: x.reshape(whole.pairs.exists.shape) for name, x in ({"loss": value} | metrics).items()}
+        return shaped | seen, balance
 
-    def objective(variables: Mapping, batch: Pairs | Known, key: Key | None) -> Sums:
-        found, pairs, policy = each(variables, batch, key)
-        moe, value = model.config.moe, found.pop("loss")
-        total = sums(value, found, pairs, None if key is None or moe is None else moe.balance * policy.balance)
-        wanted = (pairs.value > 0) & pairs.exists
-        split = {"reward_desirable": wanted, "reward_undesirable": pairs.exists & ~wanted}
-        means = {name: Mean(found[name].sum(), label.sum().astype(jnp.float32)) for name, label in split.items()}
-        return total._replace(metrics=total.metrics | means)
-
-    def prepare(variables: Mapping, batch: Pairs, over: Callable) -> Known:
+    def prepare(variables: Mapping, batch: Pairs, over: Callable) -> Whole:
         now, then = over(lambda *piece: look(*piece)[:2])
-        return Known(batch, {n: jnp.full(batch.exists.shape, x) for n, x in point(now, then, batch).items()})
+        return Whole(batch, point(now, then, batch), None)
 
-    return Pairwise(objective, prepare if function.point else None, lambda variables, batch: each(variables, batch)[0])
+    parts = lambda batch: {"reward_desirable": batch.value > 0, "reward_undesirable": batch.value <= 0}
+    return pairwise(tell, model.config.moe, prepare if function.point else None, parts)
+
+
+def _own(now: Float[Array, "B K 2"], then: Float[Array, "B K 2"], batch: Pairs) -> ScoredAnswers:
+    own = lambda x: x[..., 0].ravel()
+    return ScoredAnswers(own(now), own(then), batch.value.ravel() > 0, batch.exists.ravel())

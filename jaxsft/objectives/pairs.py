@@ -12,26 +12,76 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft import losses, tree
 from jaxsft.models import Model
+from jaxsft.models.moe import MoE
 from jaxsft.objectives.language import Objective
-from jaxsft.types import Key, Metrics, Pairs, Sums, reads
+from jaxsft.types import Key, Mean, Metrics, Pairs, Sums, reads
 
-Reference = Literal["live", "batch"]  # is it run, or does it come with the batch?
+Reference = Literal["live", "precomputed"]  # does it run in every step, or come with the batch?
 Each = dict[str, Float[Array, "B K"]]  # of each pair: its loss and its metrics
 
 
 class Pairwise(NamedTuple):
     """An objective over pairs, in the parts that training, microbatches and reports need."""
 
-    objective: Objective  # over `Pairs`, or `Known` of them
-    prepare: Callable | None  # see `train.make_step`; None where no pair's loss depends on others
+    objective: Objective  # over `Pairs`, or `Whole` of them
+    prepare: "Prepare | None"  # see `train.make_step`; None where no pair's loss depends on others
     each: Callable[[Mapping, Pairs], Each]  # without dropout
 
 
-class Known(NamedTuple):
-    """Pairs, with what each must know of all pairs of the step; what is one number for all is repeated."""
+class Found(NamedTuple):
+    """What was found of the pairs of a whole step, and how each loss changes with the answers' log-probabilities."""
+
+    loss: Float[Array, "B K"]
+    pull_chosen: Float[Array, "B K"]
+    pull_rejected: Float[Array, "B K"]
+    metrics: Each
+
+
+class Whole(NamedTuple):
+    """Pairs of a microbatch, with what they must know of the whole step."""
 
     pairs: Pairs
-    whole: dict[str, Float[Array, "B K"]]
+    shared: Each  # one number for all pairs, repeated, such as KTO's kl
+    found: Found | None  # where the loss of a pair depends on all others
+
+
+Prepare = Callable[[Mapping, Pairs, Callable], Whole]
+Tell = Callable[[Mapping, Whole, Key | None], tuple[Each, Float[Array, ""]]]  # with "loss", and `moe.balance`
+
+
+def pairwise(
+    tell: Tell,
+    moe: MoE | None,
+    prepare: Prepare | None = None,
+    parts: Callable[[Pairs], dict[str, Bool[Array, "B K"]]] | None = None,
+) -> Pairwise:
+    """Makes an objective of what is told of each pair.
+
+    Args:
+      tell: (variables, whole, key) -> ({"loss": ..., and metrics}, balance); all are 0 where there is no pair.
+      moe: of the model; in training its balance is added for each pair, times its coefficient.
+      prepare: see `train.make_step`.
+      parts: metrics that are means over some pairs alone, and which those are.
+    """
+
+    def objective(variables: Mapping, batch: Pairs | Whole, key: Key | None) -> Sums:
+        whole = batch if isinstance(batch, Whole) else Whole(batch, {}, None)
+        each, crowding = tell(variables, whole, key)
+        weight = whole.pairs.exists.sum().astype(jnp.float32)
+        metrics: Metrics = {name: value.sum() for name, value in each.items()}
+        loss = metrics.pop("loss")
+        for name, part in (parts(whole.pairs) if parts else {}).items():
+            metrics[name] = Mean(metrics[name], (part & whole.pairs.exists).sum().astype(jnp.float32))
+        if key is None or moe is None:
+            return Sums(loss, weight, metrics)
+        return Sums(loss + moe.balance * crowding * weight, weight, metrics | {"balance": crowding * weight})
+
+    return Pairwise(objective, prepare, lambda variables, batch: tell(variables, Whole(batch, {}, None), None)[0])
+
+
+def repeated(value: Array, batch: Pairs) -> Float[Array, "B K"]:
+    """One number of the step, for every pair: so it is cut into microbatches like all else."""
+    return jnp.full(batch.exists.shape, value, jnp.float32)
 
 
 class Read(NamedTuple):
@@ -44,7 +94,14 @@ class Read(NamedTuple):
 
 
 def read(model: Model, variables: Mapping, batch: Pairs, key: Key | None, chunk: int | None = None) -> Read:
-    """Runs a language model over packed pairs."""
+    """Runs a language model over packed pairs.
+
+    Args:
+      model, variables: what runs.
+      batch: the pairs.
+      key: of dropout; None for none.
+      chunk: see `losses.logprobs`.
+    """
     targets, learned = losses.shift(batch.tokens, batch.mask, batch.segments)
     features, balance = run(model, variables, batch, key)
     bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
@@ -52,7 +109,10 @@ def read(model: Model, variables: Mapping, batch: Pairs, key: Key | None, chunk:
     return Read(features, lp, learned, balance)
 
 
-def run(model, variables, batch, key):
+def run(
+    model: Model, variables: Mapping, batch: Pairs, key: Key | None
+) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+    """The features of packed pairs, in which a token sees its own segment and its prompt's; and `moe.balance`."""
     sees = reads(batch.segments)
     return model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key, reads=sees)
 
@@ -87,9 +147,19 @@ def spread(values: Float[Array, "B K"], batch: Pairs) -> Float[Array, "B T"]:
 def index(learned: Bool[Array, "B T"], batch: Pairs) -> Int[Array, "B T"]:
     """The number of each learned token in its answer, from 0."""
     pairs = batch.exists.shape[1]
-    before = jnp.cumsum(learned, axis=1) - learned
+    number = jnp.cumsum(learned, axis=1) - learned
     first = lambda x, segment: jax.ops.segment_min(x, segment, num_segments=3 * pairs + 1)[segment]
-    return before - jax.vmap(first)(before, batch.segments)
+    return number - jax.vmap(first)(number, batch.segments)
+
+
+def weighed(
+    logprobs: Float[Array, "B T"], learned: Bool[Array, "B T"], batch: Pairs, ld_alpha: float | None
+) -> Float[Array, "B K 2"]:
+    """Log-probabilities of answers; with LD-DPO, less of what the longer one says beyond the shorter one's length."""
+    if ld_alpha is None:
+        return answers(logprobs, batch)
+    shortest = spread(answers(learned, batch).min(axis=-1), batch)
+    return answers(logprobs * losses.ld_weights(index(learned, batch), shortest, ld_alpha), batch)
 
 
 def reference(variables: Mapping) -> dict:
@@ -104,12 +174,12 @@ def reference(variables: Mapping) -> dict:
     return jax.lax.stop_gradient({"params": params} | packed)
 
 
-def before(model: Model, variables: Mapping, batch: Pairs, chunk: int | None) -> Float[Array, "B T"]:
+def reference_logprobs(model: Model, variables: Mapping, batch: Pairs, chunk: int | None) -> Float[Array, "B T"]:
     """Log-probabilities of the answers' tokens under the reference."""
     return read(model, reference(variables), batch, None, chunk).logprobs
 
 
-def divergence(policy: Read, before: Float[Array, "B T"], batch: Pairs, sides: int = 2) -> Float[Array, "B K"]:
+def divergence(policy: Read, reference: Float[Array, "B T"], batch: Pairs, sides: int = 2) -> Float[Array, "B K"]:
     """KL of policy and reference, a token: u^2 / 2 with u = log reference / policy, over the tokens of the answers.
 
     These were not drawn from the policy, so it is an estimate of how far it has moved, no more; it is never negative.
@@ -117,20 +187,17 @@ def divergence(policy: Read, before: Float[Array, "B T"], batch: Pairs, sides: i
     Source: Schulman 2020, "Approximating KL divergence", k2; k3, e^u - 1 - u, explodes where the policy has learned to
     avoid a token that it was shown.
     """
-    ratio = jnp.where(policy.learned, before - policy.logprobs, 0.0)
+    ratio = jnp.where(policy.learned, reference - policy.logprobs, 0.0)
     terms, counts = (answers(x, batch)[..., :sides].sum(axis=-1) for x in (ratio**2 / 2, policy.learned))
     return terms / jnp.maximum(counts, 1.0)
 
 
-def known(x: Float[Array, "B K"], batch: Pairs) -> Float[Array, "B K"]:
-    """A metric, 0 where there is no pair."""
+def existing(x: Float[Array, "B K"], batch: Pairs) -> Float[Array, "B K"]:
+    """A metric, without gradient, and 0 where there is no pair."""
     return jax.lax.stop_gradient(jnp.where(batch.exists, x, 0.0))
 
 
-def sums(losses_: Float[Array, "B K"], metrics: Each, batch: Pairs, balance: Float[Array, ""] | None = None) -> Sums:
-    """Adds up pairs; `balance` is what a mixture of experts adds for each of them, where it trains."""
-    weight = batch.exists.sum().astype(jnp.float32)
-    total: Metrics = {name: value.sum() for name, value in metrics.items()}
-    if balance is None:
-        return Sums(losses_.sum(), weight, total)
-    return Sums(losses_.sum() + balance * weight, weight, total | {"balance": balance * weight})
+def mean_count(batch: Pairs) -> Float[Array, ""]:
+    """Tokens of the chosen answers, a pair."""
+    counts = answers(losses.shift(batch.tokens, batch.mask, batch.segments)[1], batch)[..., 0]
+    return jnp.where(batch.exists, counts, 0).sum() / jnp.maximum(batch.exists.sum(), 1)

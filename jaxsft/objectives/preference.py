@@ -6,35 +6,38 @@ own and not in one batch with the policy: the backward pass would then go throug
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxsft import losses
 from jaxsft.losses import Scored
+from jaxsft.losses.scored import Losses
 from jaxsft.models import Model
 from jaxsft.objectives.judged import judged
 from jaxsft.objectives.language import expect
 from jaxsft.objectives.pairs import (
     Each,
-    Known,
+    Found,
     Pairwise,
     Read,
     Reference,
+    Whole,
     answers,
-    before,
     divergence,
-    index,
-    known,
+    existing,
+    mean_count,
+    pairwise,
     read,
-    spread,
-    sums,
+    reference_logprobs,
+    repeated,
+    weighed,
 )
-from jaxsft.types import Key, Pairs, Sums
+from jaxsft.types import Key, Pairs
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def preference(
       model: a decoder.
       terms: name of a loss to its weight; {"sigmoid": 1.0} is DPO.
       reference: "live" runs it: the base without its adapter, and where the base's parameters train, those that
-        `session.with_reference` keeps; without them the policy would be compared with itself. "batch" takes
-        `Pairs.reference`, see `session.precompute`. Losses that have none ignore both.
+        `session.with_reference` keeps; without them the policy would be compared with itself. "precomputed"
+        takes `Pairs.reference`, see `session.precompute`. Losses that have none ignore both.
       ld_alpha, wpo: see `losses.ld_weights`, `losses.wpo`.
       chunk: as for `supervised`.
       options: of the losses.
@@ -110,92 +113,99 @@ def preference(
       ValueError: an encoder, an unknown loss, an option that no loss takes, wpo with a loss that sorts.
     """
     expect("causal", model.config)
+    _expect_single(terms, wpo)
     loss = losses.weighted(terms, **options)
-    if wpo and (coupled := set(terms) & losses.COUPLED):
-        raise ValueError(f"wpo weighs single pairs, and {coupled.pop()} sorts all of a step; leave out one of the two")
-    compared = bool(set(terms) - losses.WITHOUT_REFERENCE)
+    compared = reference if set(terms) - losses.WITHOUT_REFERENCE else None
+    look = functools.partial(_look, model, reference=compared, ld_alpha=ld_alpha, wpo=wpo, chunk=chunk)
 
-    def look(variables: Mapping, batch: Pairs, key: Key | None) -> tuple[Scored, Each, Read]:
-        policy = read(model, variables, batch, key, chunk)
-        counts = answers(policy.learned, batch)
-        now, then = weighed(policy.logprobs, policy.learned, batch, ld_alpha), batch.reference
-        if not compared:
-            then = jnp.zeros_like(now)
-        elif reference == "live":
-            old = before(model, variables, batch, chunk)
-            then = weighed(old, policy.learned, batch, ld_alpha)
-        scored = Scored(*_sides(now), *_sides(then), *_sides(counts), batch.exists.ravel())
-        whole = answers(policy.logprobs, batch)
-        seen = {"logps_chosen": whole[..., 0], "logps_rejected": whole[..., 1]}
-        if compared and reference == "live":
-            seen["kl"] = divergence(policy, old, batch)
-        if wpo:
-            seen["weight"] = _wpo(model, variables, policy, counts, batch, chunk)
-        return scored, {name: known(x, batch) for name, x in seen.items()}, policy
+    def tell(variables: Mapping, whole: Whole, key: Key | None) -> tuple[Each, Array]:
+        scored, seen, balance = look(variables, whole.pairs, key)
+        if whole.found is None:
+            found = loss(scored, **{name: value[0, 0] for name, value in whole.shared.items()})
+        else:
+            found = _follow(whole.found, scored)
+        return _told(*found, seen, whole.pairs), balance
 
-    def finish(batch: Pairs, loss_: Array, metrics: Mapping[str, Array], seen: Each) -> Each:
-        shaped = {name: x.reshape(batch.exists.shape) for name, x in metrics.items()}
-        margin = shaped["rewards_chosen"] - shaped["rewards_rejected"]
-        told = {"margin": margin, "accuracy": (margin > 0).astype(jnp.float32)}
-        return {"loss": loss_.reshape(batch.exists.shape) * seen.get("weight", 1.0)} | shaped | told | seen
-
-    def each(variables: Mapping, batch: Pairs | Known, key: Key | None = None) -> tuple[Each, Pairs, Read]:
-        pairs, whole = batch if isinstance(batch, Known) else (batch, {})
-        scored, seen, policy = look(variables, pairs, key)
-        if "value" in whole:  # what was found of the whole step, with the gradient of each log-probability
-            pull = lambda side, x: whole[f"pull_{side}"].ravel() * (x - jax.lax.stop_gradient(x))
-            found = whole["value"].ravel() + pull("chosen", scored.chosen) + pull("rejected", scored.rejected)
-            metrics = {name.removeprefix("metric_"): x for name, x in whole.items() if name.startswith("metric_")}
-            return finish(pairs, found, metrics, seen), pairs, policy
-        more = {"mean_count": whole["mean_count"][0, 0]} if "mean_count" in whole else {}
-        return finish(pairs, *loss(scored, **more), seen), pairs, policy
-
-    def objective(variables: Mapping, batch: Pairs | Known, key: Key | None) -> Sums:
-        found, pairs, policy = each(variables, batch, key)
-        moe, value = model.config.moe, found.pop("loss")
-        return sums(value, found, pairs, None if key is None or moe is None else moe.balance * policy.balance)
-
-    def prepare(variables: Mapping, batch: Pairs, over: Callable) -> Known:
+    def prepare(variables: Mapping, batch: Pairs, over: Callable) -> Whole:
+        mean = mean_count(batch)
+        shared = {"mean_count": repeated(mean, batch)} if set(terms) & losses.COUNTED else {}
+        if not set(terms) & losses.COUPLED:
+            return Whole(batch, shared, None)
         shape = batch.exists.shape
-        counts = answers(losses.shift(batch.tokens, batch.mask, batch.segments)[1], batch)[..., 0]
-        mean = jnp.where(batch.exists, counts, 0).sum() / jnp.maximum(batch.exists.sum(), 1)
-        whole = {"mean_count": jnp.full(shape, mean, jnp.float32)}
-        if set(terms) & losses.COUPLED:
-            rows = lambda *piece: jax.tree.map(lambda x: x.reshape(-1, shape[1]), look(*piece)[0])
-            scored = jax.tree.map(jnp.ravel, over(rows))
-
-            def total(chosen, rejected):
-                value, metrics = loss(scored._replace(chosen=chosen, rejected=rejected), mean_count=mean)
-                return value.sum(), (value, metrics)
-
-            pulls, (value, metrics) = jax.grad(total, (0, 1), has_aux=True)(scored.chosen, scored.rejected)
-            found = {"value": value, "pull_chosen": pulls[0], "pull_rejected": pulls[1]}
-            found |= {f"metric_{name}": x for name, x in metrics.items()}
-            whole |= {name: jax.lax.stop_gradient(x).reshape(shape) for name, x in found.items()}
-        return Known(batch, whole)
+        scored = over(lambda *piece: jax.tree.map(lambda x: x.reshape(-1, shape[1]), look(*piece)[0]))
+        found = _together(functools.partial(loss, mean_count=mean), jax.tree.map(jnp.ravel, scored))
+        return Whole(batch, shared, jax.tree.map(lambda x: x.reshape(shape), found))
 
     needs = set(terms) & (losses.COUPLED | losses.COUNTED)
-    return Pairwise(objective, prepare if needs else None, lambda variables, batch: each(variables, batch)[0])
+    return pairwise(tell, model.config.moe, prepare if needs else None)
 
 
-def _sides(x: Float[Array, "B K 2"]) -> tuple[Array, Array]:
-    return x[..., 0].ravel(), x[..., 1].ravel()
+def _expect_single(terms: Collection[str], wpo: bool) -> None:
+    if wpo and (coupled := set(terms) & losses.COUPLED):
+        raise ValueError(
+            f"preference.wpo weighs single pairs, and {coupled.pop()} sorts all of a step; leave out one of the two"
+        )
+
+
+def _look(
+    model: Model,
+    variables: Mapping,
+    batch: Pairs,
+    key: Key | None,
+    *,
+    reference: Reference | None,
+    ld_alpha: float | None,
+    wpo: bool,
+    chunk: int | None,
+) -> tuple[Scored, Each, Float[Array, ""]]:
+    """What policy and reference say of each pair: for the loss, for people, and `moe.balance`."""
+    policy, seen = read(model, variables, batch, key, chunk), {}
+    counts = answers(policy.learned, batch)
+    now, then = weighed(policy.logprobs, policy.learned, batch, ld_alpha), jnp.zeros_like(counts)
+    if reference == "live":
+        old = reference_logprobs(model, variables, batch, chunk)
+        then = weighed(old, policy.learned, batch, ld_alpha)
+        seen["kl"] = divergence(policy, old, batch)
+    elif reference == "precomputed":
+        then = batch.reference
+    whole = answers(policy.logprobs, batch)
+    seen |= {"logps_chosen": whole[..., 0], "logps_rejected": whole[..., 1]}
+    if wpo:
+        seen["weight"] = _wpo(model, variables, policy, counts, batch, chunk)
+    sides = lambda x: (x[..., 0].ravel(), x[..., 1].ravel())
+    scored = Scored(*sides(now), *sides(then), *sides(counts), batch.exists.ravel())
+    return scored, {name: existing(x, batch) for name, x in seen.items()}, policy.balance
+
+
+def _told(loss: Array, metrics: Mapping[str, Array], seen: Each, batch: Pairs) -> Each:
+    shaped = {name: x.reshape(batch.exists.shape) for name, x in metrics.items()}
+    margin = shaped["rewards_chosen"] - shaped["rewards_rejected"]
+    told = {"margin": margin, "accuracy": (margin > 0).astype(jnp.float32)}
+    return {"loss": loss.reshape(batch.exists.shape) * seen.get("weight", 1.0)} | shaped | told | seen
+
+
+def _together(loss: Callable[..., Losses], scored: Scored) -> Found:
+    """The losses of all pairs of a step at once, and what each log-probability does to their sum."""
+
+    def total(chosen: Array, rejected: Array) -> tuple[Array, Losses]:
+        value, metrics = loss(scored._replace(chosen=chosen, rejected=rejected))
+        return value.sum(), (value, metrics)
+
+    pulls, (value, metrics) = jax.grad(total, (0, 1), has_aux=True)(scored.chosen, scored.rejected)
+    return jax.lax.stop_gradient(Found(value, pulls[0], pulls[1], metrics))
+
+
+def _follow(found: Found, scored: Scored) -> Losses:
+    """The losses that were found, with the gradient that was found, for the log-probabilities of a microbatch."""
+    pull = lambda slope, x: slope.ravel() * (x - jax.lax.stop_gradient(x))
+    moved = pull(found.pull_chosen, scored.chosen) + pull(found.pull_rejected, scored.rejected)
+    return found.loss.ravel() + moved, found.metrics
 
 
 def _wpo(model: Model, variables, policy: Read, counts, batch: Pairs, chunk) -> Float[Array, "B K"]:
     bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
     met = losses.collision(policy.features, model.output(variables), policy.learned, **bent)
     return losses.wpo(answers(policy.logprobs, batch), answers(met, batch), counts).prod(axis=-1)
-
-
-def weighed(
-    logprobs: Float[Array, "B T"], learned: Bool[Array, "B T"], batch: Pairs, ld_alpha: float | None
-) -> Float[Array, "B K 2"]:
-    """Log-probabilities of answers; with LD-DPO, less of what the longer one says beyond the shorter one's length."""
-    if ld_alpha is None:
-        return answers(logprobs, batch)
-    shortest = spread(answers(learned, batch).min(axis=-1), batch)
-    return answers(logprobs * losses.ld_weights(index(learned, batch), shortest, ld_alpha), batch)
 
 
 def said(model: Model, *, ld_alpha: float | None = None, chunk: int | None = None) -> Callable[[Mapping, Pairs], Each]:
@@ -220,7 +230,7 @@ def of(config: Config) -> Callable[..., Pairwise]:
       Traceback (most recent call last):
       ValueError: preference.wpo is for losses over pairs; kto judges answers one by one
     """
-    c, kept = config, {"reference": "batch" if config.reference == "precomputed" else "live"}
+    c, kept = config, {"reference": config.reference}
     if c.beta is not None and c.beta <= 0:
         raise ValueError(f"preference.beta is {c.beta}; it must be above 0, or what is rejected would be preferred")
     if c.ld_alpha is not None and not 0 <= c.ld_alpha <= 1:
@@ -231,8 +241,7 @@ def of(config: Config) -> Callable[..., Pairwise]:
         one: Any = jax.ShapeDtypeStruct((1,), jnp.float32)
         exists: Any = jax.ShapeDtypeStruct((1,), jnp.bool_)
         jax.eval_shape(losses.weighted(c.terms, **c.keywords), Scored(one, one, one, one, one, one, exists))
-        if c.wpo and (coupled := set(c.terms) & losses.COUPLED):
-            raise ValueError(f"preference.wpo weighs single pairs, and {coupled.pop()} sorts all of a step")
+        _expect_single(c.terms, c.wpo)
         more = {"ld_alpha": c.ld_alpha, "wpo": c.wpo}
         return functools.partial(preference, terms=c.terms, **kept, **more, **c.keywords)
     name, *others = c.terms

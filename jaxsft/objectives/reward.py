@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxtyping import Array
+
 from jaxsft import losses
 from jaxsft.models import Model, scores
-from jaxsft.objectives.pairs import Each, Pairwise, ends, run, sums
-from jaxsft.types import Key, Pairs, Sums
+from jaxsft.objectives.pairs import Each, Pairwise, Whole, ends, pairwise, run
+from jaxsft.types import Key
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,12 @@ def bradley_terry(model: Model, *, center: float = 0.0, chunk: int | None = None
       over pairs: accuracy, margin, score, score_chosen, score_rejected.
     """
 
-    def found(variables: Mapping, batch: Pairs, key: Key | None):
+    def tell(variables: Mapping, whole: Whole, key: Key | None) -> tuple[Each, Array]:
+        batch = whole.pairs
         features, balance = run(model, variables, batch, key)
         last = ends(scores(variables, features), batch)
-        sides = (last[..., 0].ravel(), last[..., 1].ravel())
         given = {"margin": batch.value.ravel(), "center": center, "exists": batch.exists.ravel()}
-        value, metrics = losses.bradley_terry(*sides, **given)
-        shaped: Each = {name: x.reshape(batch.exists.shape) for name, x in metrics.items()}
-        return value.reshape(batch.exists.shape), shaped, balance
+        value, metrics = losses.bradley_terry(last[..., 0].ravel(), last[..., 1].ravel(), **given)
+        return {name: x.reshape(batch.exists.shape) for name, x in ({"loss": value} | metrics).items()}, balance
 
-    def objective(variables: Mapping, batch: Pairs, key: Key | None) -> Sums:
-        value, metrics, balance = found(variables, batch, key)
-        moe = model.config.moe
-        return sums(value, metrics, batch, None if key is None or moe is None else moe.balance * balance)
-
-    def each(variables: Mapping, batch: Pairs) -> Each:
-        value, metrics, _ = found(variables, batch, None)
-        return {"loss": value} | metrics
-
-    return Pairwise(objective, None, each)
+    return pairwise(tell, model.config.moe)
