@@ -10,18 +10,16 @@ own, in turn, so that the peak memory is its own. Pairs a second are those of al
 first step, which warms up, and the compilation of jaxsft's are told apart, and so is the time that the reference takes
 where it runs once. Rows of jaxsft's last batch that are empty do not count, since more pairs would fill them.
 
-LLaMA-Factory's dpo_en_demo, SmolLM2's tokenizer (49,152 pieces), --pairs 8; 2 CPU cores that other work shared (load 4
-to 8), so the ratios are rough. It is a small sample: one timed step of jaxsft with 3 rows of 4 filled (0.35 pairs/s if
-the empty one counts), two of TRL. "core s" is processor time a pair, "first s" the compilation or TRL's first step:
+LLaMA-Factory's dpo_en_demo, SmolLM2's tokenizer (49,152 pieces), --pairs 24, two quiet CPU cores. "core s" is processor
+time a pair, "first s" the compilation or TRL's first step:
 
                                  pairs/s  core s/pair  first s  once s  peak GB  tokens
-  jaxsft                           0.472         1.94     15.4             3.94   2,706
-  jaxsft, prompts not shared       0.360         2.59     15.6             3.90   3,356
-  jaxsft, reference precomputed    0.662         1.43     13.5     9.8     3.87   2,706
-  TRL                              0.096         9.76     57.7             7.11   3,372
-  TRL, reference precomputed       0.126         7.56     37.7    31.9     7.00   3,372
+  jaxsft                           0.875         2.18      8.3             4.01   9,783
+  jaxsft, prompts not shared       0.719         2.65      8.2             3.96  12,279
+  jaxsft, reference precomputed    1.209         1.60      6.7    11.8     3.94   9,783
+  TRL                              0.235         7.97     17.4             7.68  12,327
 
-TRL's 16 tokens more than jaxsft's 3,356 are the line ends behind the last <|im_end|> of its 16 documents.
+TRL's 48 tokens more than jaxsft's 12,279 are the line ends behind the last <|im_end|> of its 48 documents.
 """
 
 import argparse
