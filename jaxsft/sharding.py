@@ -119,6 +119,17 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_of(arrays: Any) -> Mesh | None:
+    """The mesh over which the arrays of a tree lie; None where they lie on one device.
+
+    Example:
+      >>> mesh_of({"w": jax.numpy.zeros(2)}) is None
+      True
+    """
+    found = (x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array))
+    return next((where.mesh for where in found if isinstance(where, NamedSharding) and where.mesh.size > 1), None)
+
+
 def of(arrays: Any) -> Any:
     """The shardings that the arrays of a tree have."""
     return jax.tree.map(lambda x: x.sharding, arrays)

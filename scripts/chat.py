@@ -10,7 +10,6 @@ answers at first, /use wild lets another one answer, and /use base the model wit
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -45,24 +44,13 @@ class Config:
     sample: sections.Sample = sections.Sample()
 
 
-def pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Decodes as tokens come; holds back what is not yet a whole character."""
-    ids, shown = [], ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
-
-
 class Voice(NamedTuple):
     """Who answers: variables, and the tokenizer with the chat template that was taught."""
 
     variables: dict
     tokenizer: Any
     stop: tuple[int, ...]
+    strings: sample.Strings | None
 
 
 def voices(cfg: Config, model, base: dict) -> dict[str, Voice]:
@@ -83,13 +71,14 @@ def voices(cfg: Config, model, base: dict) -> dict[str, Voice]:
         template = cfg.template or (hub.adapter_template(folder) if folder else "")
         tokenizer = hub.adapter_tokenizer(folder, cfg.model) if folder else hub.load_tokenizer(cfg.model)
         tokenizer = data.with_template(tokenizer, template)
-        found[name] = Voice(variables, tokenizer, hub.stop_tokens(cfg.model, tokenizer))
+        strings = sample.stops.compile(cfg.sample.stop, tokenizer)
+        found[name] = Voice(variables, tokenizer, hub.stop_tokens(cfg.model, tokenizer), strings)
     return found
 
 
 def main(cfg: Config) -> None:
     model, base = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
-    known, draw = voices(cfg, model, base), cfg.sample
+    known = voices(cfg, model, base)
     voice = next(iter(known.values()))
     first = [data.Message("system", cfg.system)] if cfg.system else []
     messages, turn = list(first), 0
@@ -113,15 +102,14 @@ def main(cfg: Config) -> None:
             model,
             voice.variables,
             data.prompt_ids(messages, voice.tokenizer),
-            max_new_tokens=draw.max_new_tokens,
-            temperature=draw.temperature,
-            top_k=draw.top_k,
-            top_p=draw.top_p,
+            max_new_tokens=cfg.sample.max_new_tokens,
+            draw=cfg.sample.draw,
             stop=voice.stop,
-            key=jax.random.fold_in(jax.random.key(draw.seed), turn),
+            strings=voice.strings,
+            key=jax.random.fold_in(jax.random.key(cfg.sample.seed), turn),
         )
         answer = ""
-        for piece in pieces(voice.tokenizer, tokens):
+        for piece in sample.pieces(voice.tokenizer, tokens, cfg.sample.stop):
             print(piece, end="", flush=True)
             answer += piece
         print()

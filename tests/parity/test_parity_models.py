@@ -72,7 +72,7 @@ def test_greedy_continuations_of_ragged_prompts_are_those_of_each_alone_in_torch
         expected.append(out[0, len(prompt) :].tolist())
     assert all(len(answer) == NEW for answer in expected)
     variables = {"params": pair.params}
-    assert sample.generate(pair.model, variables, prompts, max_new_tokens=NEW) == expected
+    assert sample.answers(sample.generate(pair.model, variables, prompts, max_new_tokens=NEW)) == expected
     for which in range(len(prompts))[-3:]:
         got = list(sample.stream(pair.model, variables, prompts[which], max_new_tokens=NEW))
         assert got == expected[which]

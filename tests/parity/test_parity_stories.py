@@ -79,7 +79,9 @@ def test_the_greedy_story_is_the_recorded_one(stories):
     model, params, _ = stories
     prompt = REFERENCE["prompt_ids"]
     expected = REFERENCE["greedy_ids"][len(prompt) :]
-    assert sample.generate(model, {"params": params}, [prompt], max_new_tokens=80, stop=[BOS]) == [expected]
+    assert sample.answers(sample.generate(model, {"params": params}, [prompt], max_new_tokens=80, stop=[BOS])) == [
+        expected
+    ]
     assert list(sample.stream(model, {"params": params}, prompt, max_new_tokens=80, stop=[BOS])) == expected
 
 

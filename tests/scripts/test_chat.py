@@ -9,14 +9,12 @@ import jaxsft
 from jaxsft import data, hub, lora, models, sample, tree
 from jaxsft.run import RunError
 
-from .conftest import load_script
-
 
 def test_pieces_of_a_stream_join_to_the_text_and_never_cut_a_character():
     tokenizer = hub.load_tokenizer(jaxsft.BASE)
     text = "A猫🐈 says 你好."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    parts = list(load_script("chat").pieces(tokenizer, iter(ids)))
+    parts = list(sample.pieces(tokenizer, iter(ids)))
     assert "".join(parts) == text
     assert all("\ufffd" not in part for part in parts)
 
@@ -31,7 +29,7 @@ def answer():
         roles = ("user", "assistant") * len(turns)
         prompt = data.prompt_ids([data.Message(*turn) for turn in zip(roles, turns, strict=False)], tokenizer)
         stop = hub.stop_tokens(jaxsft.BASE, tokenizer)
-        [ids] = sample.generate(model, {"params": params}, [prompt], max_new_tokens=6, stop=stop)
+        [ids] = sample.answers(sample.generate(model, {"params": params}, [prompt], max_new_tokens=6, stop=stop))
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     return ask

@@ -7,6 +7,7 @@ import pytest
 
 from jaxsft import sample
 from jaxsft.models import DecoderConfig, EncoderConfig, build, logits
+from jaxsft.sample import answers
 
 CONFIG = DecoderConfig(23, 16, 24, 2, heads=2, kv_heads=1, head_dim=8, max_position=64)
 MODEL = build(CONFIG)
@@ -56,7 +57,7 @@ def kept(shares, temperature, top_k, top_p):
 def test_tokens_are_drawn_from_the_kept_set_with_its_probabilities(temperature, top_k, top_p):
     rows = 8000
     scores = jnp.tile(jnp.log(jnp.asarray(SHARES)) + 3.0, (rows, 1))
-    drawn = sample.pick(scores, jax.random.key(1), temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn, _ = sample.pick(scores, jax.random.split(jax.random.key(1), rows), sample.Draw(temperature, top_k, top_p))
     expected = kept(SHARES, temperature, top_k, top_p)
     assert set(np.unique(drawn).tolist()) == set(expected)
     for token, share in expected.items():
@@ -66,22 +67,26 @@ def test_tokens_are_drawn_from_the_kept_set_with_its_probabilities(temperature, 
 def test_a_very_small_top_p_keeps_the_likeliest_token():
     scores = jnp.tile(jnp.log(jnp.asarray(SHARES)) + 3.0, (8000, 1))
     for top_p in (0.0, 1e-6):
-        assert set(sample.pick(scores, jax.random.key(0), temperature=1.0, top_p=top_p).tolist()) == {1}
+        drawn, _ = sample.pick(scores, jax.random.split(jax.random.key(0), 8000), sample.Draw(1.0, top_p=top_p))
+        assert set(drawn.tolist()) == {1}
 
 
 def test_temperature_zero_takes_the_likeliest_of_each_row():
     scores = jnp.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
-    assert sample.pick(scores, jax.random.key(0), top_k=1, top_p=0.1).tolist() == [1, 0]
+    assert sample.pick(scores, jax.random.split(jax.random.key(0)), sample.Draw(top_k=1, top_p=0.1))[0].tolist() == [
+        1,
+        0,
+    ]
 
 
 def test_greedy_generation_of_ragged_prompts_equals_a_plain_argmax_loop(variables, greedy):
     assert len({tuple(answer) for answer in greedy}) == len(PROMPTS)
-    assert sample.generate(MODEL, variables, PROMPTS, max_new_tokens=NEW) == greedy
+    assert answers(sample.generate(MODEL, variables, PROMPTS, max_new_tokens=NEW)) == greedy
 
 
 def test_a_batch_answers_as_each_prompt_alone(variables, greedy):
     for prompt, answer in zip(PROMPTS, greedy, strict=True):
-        assert sample.generate(MODEL, variables, [prompt], max_new_tokens=NEW) == [answer]
+        assert answers(sample.generate(MODEL, variables, [prompt], max_new_tokens=NEW)) == [answer]
 
 
 def test_a_stop_token_ends_its_row_alone_and_is_left_out_even_where_nothing_is_left(variables, greedy):
@@ -94,22 +99,20 @@ def test_a_stop_token_ends_its_row_alone_and_is_left_out_even_where_nothing_is_l
                 break
     assert expected[0] == []
     assert {0, NEW} < {len(row) for row in expected}  # one is empty, one whole, one cut
-    assert sample.generate(MODEL, variables, PROMPTS, max_new_tokens=NEW, stop=stop) == expected
+    assert answers(sample.generate(MODEL, variables, PROMPTS, max_new_tokens=NEW, stop=stop)) == expected
     assert [list(sample.stream(MODEL, variables, p, max_new_tokens=NEW, stop=stop)) for p in PROMPTS] == expected
 
 
-@pytest.mark.parametrize("draw", [{}, {"temperature": 0.8, "top_k": 12, "top_p": 0.9}])
+@pytest.mark.parametrize("draw", [sample.GREEDY, sample.Draw(0.8, 12, 0.9)])
 def test_a_stream_yields_the_tokens_of_generate(variables, draw):
-    key = {"key": jax.random.key(5)} if draw else {}
-    whole = sample.generate(MODEL, variables, [PROMPTS[1]], max_new_tokens=NEW, **draw, **key)[0]
-    assert list(sample.stream(MODEL, variables, PROMPTS[1], max_new_tokens=NEW, **draw, **key)) == whole
+    how = {"max_new_tokens": NEW, "draw": draw, "key": jax.random.key(5)}
+    [whole] = answers(sample.generate(MODEL, variables, [PROMPTS[1]], **how))
+    assert list(sample.stream(MODEL, variables, PROMPTS[1], **how)) == whole
 
 
 def test_a_key_decides_the_draws(variables):
-    draw = lambda seed: sample.generate(
-        MODEL, variables, [PROMPTS[1]], max_new_tokens=NEW, temperature=0.8, top_k=12, top_p=0.9,
-        key=jax.random.key(seed),
-    )  # fmt: skip
+    how = {"max_new_tokens": NEW, "draw": sample.Draw(0.8, 12, 0.9)}
+    draw = lambda seed: answers(sample.generate(MODEL, variables, [PROMPTS[1]], key=jax.random.key(seed), **how))
     assert draw(0) == draw(0)
     assert len({tuple(draw(seed)[0]) for seed in range(4)}) > 1
 
@@ -120,7 +123,7 @@ def test_a_key_decides_the_draws(variables):
         ([], {}, "every prompt needs at least one token"),
         ([[1], []], {}, "every prompt needs at least one token"),
         ([[1] * 60], {"max_new_tokens": 5}, "a prompt of 60 tokens and 5 new ones exceed the model's 64 positions"),
-        ([[1]], {"max_new_tokens": 4, "temperature": 1.0}, "draws at random; give a key, such as jax.random.key"),
+        ([[1]], {"max_new_tokens": 4, "draw": sample.Draw(1.0)}, "draws at random; give a key, such as jax.random.key"),
     ],
 )
 def test_wrong_requests_are_refused(variables, prompts, options, message):

@@ -1,0 +1,29 @@
+"""Generation: answers to many prompts at once, and one answer as it comes."""
+
+from jaxsft.sample import stops
+from jaxsft.sample.ask import asker, filler
+from jaxsft.sample.draw import GREEDY, Config, Draw, pick
+from jaxsft.sample.generate import Samples, answers, generate
+from jaxsft.sample.loop import LENGTH, STOP_STRING, STOP_TOKEN
+from jaxsft.sample.stops import Strings
+from jaxsft.sample.stream import pieces, stream, until
+
+__all__ = [
+    "GREEDY",
+    "LENGTH",
+    "STOP_STRING",
+    "STOP_TOKEN",
+    "Config",
+    "Draw",
+    "Samples",
+    "Strings",
+    "answers",
+    "asker",
+    "filler",
+    "generate",
+    "pick",
+    "pieces",
+    "stops",
+    "stream",
+    "until",
+]

@@ -1,0 +1,149 @@
+"""Answers to many prompts at once, as arrays that a loss can learn from."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxsft import sharding
+from jaxsft.models import Model
+from jaxsft.sample import loop
+from jaxsft.sample.draw import GREEDY, Draw
+from jaxsft.sample.loop import STOP_TOKEN, Job, Shape
+from jaxsft.sample.stops import Strings
+from jaxsft.types import Key
+
+SLOTS = 64  # answers in progress at one time, unless it is said
+READ = 4096  # tokens of prompts that are read at one time: enough to fill a device, few enough to lie beside the cache
+
+
+class Samples(NamedTuple):
+    """Answers; those to one prompt stand together, in the order of the prompts."""
+
+    tokens: Int[np.ndarray, "A T"]
+    """new tokens, with the one that ended the answer; 0 behind it"""
+    logprobs: Float[np.ndarray, "A T"]
+    """of each token, under softmax(logits / temperature), see `pick`; 0 behind the last"""
+    lengths: Int[np.ndarray, "A"]
+    """new tokens, with the one that ended the answer"""
+    finish: Int[np.ndarray, "A"]
+    """why it ended: LENGTH, STOP_TOKEN or STOP_STRING"""
+
+
+def generate(
+    model: Model,
+    variables: Mapping,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    draw: Draw = GREEDY,
+    stop: Sequence[int] = (),
+    strings: Strings | None = None,
+    samples: int = 1,
+    slots: int | None = None,
+    key: Key | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Samples:
+    """Answers several prompts at once.
+
+    An answer depends on its prompt, the key and its number alone: not on the other prompts, nor on `slots`.
+
+    Args:
+      model: from `hub.load` or `models.build`.
+      variables: {"params": ..., "lora": ..., "packed": ...}.
+      prompts: token ids, of any lengths above 0.
+      max_new_tokens: the most tokens of an answer.
+      draw: how tokens are drawn.
+      stop: tokens that end an answer.
+      strings: texts that end an answer, from `stops.compile`.
+      samples: answers to each prompt.
+      slots: answers in progress at one time, whose cache is in memory; by default all, but at most 64.
+      key: of the draws; needed above temperature 0.
+      seeds: a number for each answer, to be drawn by; by default its place, 0, 1, 2, ...
+
+    Returns:
+      len(prompts) x samples answers.
+
+    Raises:
+      ValueError: no prompt, an empty one, more tokens than the model has positions, a token that it does not have, no
+        key where one is needed, seeds of another number than answers.
+
+    Example:
+      >>> import jaxsft
+      >>> model, params = jaxsft.load(jaxsft.BASE)
+      >>> found = generate(model, {"params": params}, [[5, 6], [7]], max_new_tokens=4)
+      >>> found.tokens.shape, found.lengths.tolist()
+      ((2, 4), [4, 4])
+    """
+    answers = len(prompts) * samples
+    mesh = sharding.mesh_of(variables)
+    apart = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens, lengths = align(model, variables, prompts, max_new_tokens)
+    held = _up(min(answers, slots or SLOTS), apart)
+    pool = _up(min(-(-held // samples), -(-READ // tokens.shape[1])), apart)
+    rows = _up(len(prompts), pool) - len(prompts)
+    tokens, lengths = np.pad(tokens, ((0, rows), (0, 0))), np.pad(lengths, (0, rows), constant_values=1)
+    numbers = np.arange(answers) if seeds is None else np.asarray(seeds)
+    if numbers.shape != (answers,):
+        raise ValueError(f"there are {answers} answers and seeds of shape {numbers.shape}; give one for each answer")
+    numbers = np.pad(numbers, (0, rows * samples)).astype(np.uint32)
+    table = None if strings is None else strings.table
+    job = Job(tokens, lengths, np.array(len(prompts), np.int32), needed(key, draw), numbers, table)
+    shape = Shape(max_new_tokens, samples, held, pool, draw, tuple(sorted(set(stop))), mesh)
+    out = loop.run(model, variables, job, shape)
+    return Samples(*(sharding.to_host(x)[:answers] for x in out))
+
+
+def answers(found: Samples) -> list[list[int]]:
+    """The tokens of each answer, without the stop token that ended it.
+
+    Example:
+      >>> one = Samples(np.array([[5, 6, 2, 0]]), np.zeros((1, 4)), np.array([3]), np.array([STOP_TOKEN]))
+      >>> answers(one)
+      [[5, 6]]
+    """
+    ends = found.lengths - (found.finish == STOP_TOKEN)
+    return [row[:end].tolist() for row, end in zip(found.tokens, ends, strict=True)]
+
+
+def needed(key: Key | None, draw: Draw) -> Key:
+    """The key, or any where nothing is drawn."""
+    if draw.temperature and key is None:
+        raise ValueError("temperature above 0 draws at random; give a key, such as jax.random.key(0)")
+    return jax.random.key(0) if key is None else key
+
+
+def align(
+    model: Model, variables: Mapping, prompts: Sequence[Sequence[int]], new: int
+) -> tuple[Int[np.ndarray, "N P"], Int[np.ndarray, "N"]]:
+    """Prompts below each other, on the left; their width is rounded up, so that few programs are compiled."""
+    if not len(prompts) or not all(len(p) for p in prompts):
+        raise ValueError(
+            "every prompt needs at least one token; an empty one can start with the model's bos or eos token"
+        )
+    longest = max(len(p) for p in prompts)
+    if longest + new > model.config.max_position:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones exceed the model's {model.config.max_position} positions;"
+            " shorten the prompt or lower max_new_tokens"
+        )
+    largest, rows = max(map(max, prompts)), len(variables["params"]["embed"]["table"])
+    if largest >= rows:
+        raise ValueError(
+            f"a prompt has the token {largest}, and the model {rows} tokens; give it the tokenizer it was made with"
+        )
+    tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, np.array([len(p) for p in prompts], np.int32)
+
+
+def bucket(n: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,224 @@
+"""The compiled loop: prompts are read into a pool, slots take them from there, and all slots draw a token at a time.
+
+A slot that has finished its answer takes the next one at once (continuous batching: Yu et al. 2022, Orca), so a long
+answer holds one slot and not the batch. Several answers to a prompt share what was computed of it.
+
+    pool    R prompts at a time, read together; a slot that takes one copies it, `samples` slots in turn
+    slots   B answers in progress; slot s of a row's cache holds its token at position s, so each row has its own cursor
+            and whatever lies ahead of it, where nothing looks, is written over
+
+Draws depend on the key, an answer's number and a token's, never on slots or on what else is in the batch.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsft.models import Cache, Model, logits
+from jaxsft.sample.draw import Draw, first, pick
+from jaxsft.types import Key
+
+LENGTH, STOP_TOKEN, STOP_STRING = 0, 1, 2  # why an answer ended
+ROWS = ("data", "fsdp")  # the axes that share out slots
+
+
+class Job(NamedTuple):
+    """What is asked: prompts, left-aligned, and how many of them are real."""
+
+    tokens: Int[Array | np.ndarray, "N P"]
+    lengths: Int[Array | np.ndarray, "N"]
+    count: Int[Array | np.ndarray, ""]
+    key: Key
+    seeds: Int[Array | np.ndarray, "A"]  # of each answer
+    strings: Int[Array | np.ndarray, "S V"] | None  # see `stops`
+
+
+class Shape(NamedTuple):
+    """The numbers that decide what is compiled."""
+
+    new: int  # the most tokens of an answer
+    samples: int  # answers to a prompt
+    slots: int  # answers in progress at one time
+    pool: int  # prompts that are read at one time
+    draw: Draw
+    stop: tuple[int, ...]
+    mesh: Mesh | None
+
+
+class Out(NamedTuple):
+    """Answers, those to one prompt together; see `Samples`."""
+
+    tokens: Int[Array, "A T"]
+    logprobs: Float[Array, "A T"]
+    lengths: Int[Array, "A"]
+    finish: Int[Array, "A"]
+
+
+class _Pool(NamedTuple):
+    cache: Cache  # of the prompts until - R to until - 1
+    scores: Float[Array, "R V"]  # of each one's first new token
+    until: Int[Array, ""]
+
+
+class _Slots(NamedTuple):
+    answer: Int[Array, "B"]  # its number; A where the slot is free
+    drawn: Int[Array, "B"]  # tokens of it so far
+    scores: Float[Array, "B V"]  # of its next token
+    cache: Cache
+    seen: Bool[Array, "B V"] | None  # tokens of prompt and answer, where repetition is penalised
+    state: Int[Array, "B"]  # how much of a stop string the text ends with
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run(model: Model, variables: Mapping, job: Job, shape: Shape) -> Out:
+    """Answers all prompts; one program for all jobs of the same shape."""
+    N, P = job.tokens.shape
+    A = N * shape.samples
+    read, take, advance = (
+        _reader(model, variables, job, shape),
+        _taker(job, shape),
+        _advancer(model, variables, job, shape),
+    )
+
+    def fill(carry):
+        def wanted(carry):
+            following, _, slots = carry
+            return (following < job.count * shape.samples) & (slots.answer >= A).any()
+
+        def one(carry):
+            following, pool, slots = carry
+            pool = jax.lax.while_loop(lambda pool: following // shape.samples >= pool.until, read, pool)
+            return following + 1, pool, take(following, pool, slots)
+
+        return jax.lax.while_loop(wanted, one, carry)
+
+    def go_on(carry):
+        following, _, slots, _ = carry
+        return (following < job.count * shape.samples) | (slots.answer < A).any()
+
+    def step(carry):
+        *before, out = carry
+        following, pool, slots = fill(tuple(before))
+        slots, out = advance(slots, out)
+        return following, pool, slots, out
+
+    scores = lambda rows: jnp.zeros((rows, _vocabulary(model, variables)), jnp.float32)
+    B, zeros = shape.slots, jnp.zeros(shape.slots, jnp.int32)
+    pool = _Pool(model.cache(shape.pool, P), scores(shape.pool), jnp.int32(0))
+    seen = None if shape.draw.repetition_penalty == 1 else scores(B) > 0
+    slots = _Slots(zeros + A, zeros, scores(B), model.cache(B, P + shape.new), seen, zeros)
+    table = lambda dtype: jnp.zeros((A, shape.new), dtype)
+    out = Out(table(jnp.int32), table(jnp.float32), jnp.zeros(A, jnp.int32), jnp.zeros(A, jnp.int32))
+    *_, out = jax.lax.while_loop(go_on, step, (jnp.int32(0), pool, slots, out))
+    return out
+
+
+def _vocabulary(model: Model, variables: Mapping) -> int:
+    return jax.eval_shape(model.output, variables).shape[0]
+
+
+def _reader(model: Model, variables: Mapping, job: Job, shape: Shape) -> Callable[[_Pool], _Pool]:
+    """Makes pool -> the pool with the next prompts."""
+    P, R = job.tokens.shape[1], shape.pool
+
+    def read(pool: _Pool) -> _Pool:
+        tokens = jax.lax.dynamic_slice_in_dim(job.tokens, pool.until, R)
+        lengths = jax.lax.dynamic_slice_in_dim(job.lengths, pool.until, R)
+        scores, cache = prefill(model, variables, tokens, lengths, P)
+        return _Pool(cache, scores, pool.until + R)
+
+    return read
+
+
+def prefill(
+    model: Model, variables: Mapping, tokens: Int[Array, "R P"], lengths: Int[Array, "R"], slots: int
+) -> tuple[Float[Array, "R V"], Cache]:
+    """Reads prompts into a new cache; gives the scores of what follows each.
+
+    What fills up a row stands at positions that the cache does not have, so that it is nowhere written, and that are
+    negative, so that it does not count where a document's length decides how its tokens turn.
+    """
+    R, P = tokens.shape
+    places = jnp.broadcast_to(jnp.arange(P), (R, P))
+    places = jnp.where(places < lengths[:, None], places, -2 * slots)
+    features, cache = model.extend(variables, tokens, places, model.cache(R, slots))
+    last = features[jnp.arange(R), lengths - 1][:, None]
+    return logits(model, variables, last)[:, 0], cache
+
+
+def extend(
+    model: Model, variables: Mapping, token: Int[Array, "B"], positions: Int[Array, "B"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads one more token of each row; gives the scores of what follows it."""
+    features, cache = model.extend(variables, token[:, None], positions[:, None], cache)
+    return logits(model, variables, features)[:, 0], cache
+
+
+def _taker(job: Job, shape: Shape) -> Callable[[Int[Array, ""], _Pool, _Slots], _Slots]:
+    """Makes (answer, pool, slots) -> the slots, of which a free one has begun that answer."""
+    P = job.tokens.shape[1]
+
+    def take(answer: Int[Array, ""], pool: _Pool, slots: _Slots) -> _Slots:
+        slot = first((slots.answer >= len(job.seeds))[None])[0]
+        prompt = answer // shape.samples
+        row = prompt - (pool.until - len(pool.scores))
+        put = lambda whole, part, axis: jax.lax.dynamic_update_slice_in_dim(whole, part, slot, axis)
+        cut = lambda whole, axis: jax.lax.dynamic_slice_in_dim(whole, row, 1, axis)
+        seen = slots.seen
+        if seen is not None:
+            there = jnp.where(jnp.arange(P) < job.lengths[prompt], job.tokens[prompt], seen.shape[1])
+            seen = put(seen, jnp.zeros((1, seen.shape[1]), bool).at[0, there].set(True, mode="drop"), 0)
+        return _Slots(
+            answer=slots.answer.at[slot].set(answer),
+            drawn=slots.drawn.at[slot].set(0),
+            scores=put(slots.scores, cut(pool.scores, 0), 0),
+            cache=jax.tree.map(lambda whole, part: put(whole, cut(part, 1), 1), slots.cache, pool.cache),
+            seen=seen,
+            state=slots.state.at[slot].set(0),
+        )
+
+    return take
+
+
+def _advancer(model: Model, variables: Mapping, job: Job, shape: Shape) -> Callable[[_Slots, Out], tuple[_Slots, Out]]:
+    """Makes (slots, out) -> both, one token later."""
+
+    def advance(slots: _Slots, out: Out) -> tuple[_Slots, Out]:
+        A = len(job.seeds)
+        key = lambda seed, drawn: jax.random.fold_in(jax.random.fold_in(job.key, seed), drawn)
+        keys = jax.vmap(key)(job.seeds[slots.answer], slots.drawn)
+        token, logprob = pick(slots.scores, keys, shape.draw, slots.seen)
+        state, finish, done = _ends(token, slots, job, shape)
+        where = slots.answer, slots.drawn  # a free slot writes beside the table
+        out = Out(
+            out.tokens.at[where].set(token, mode="drop"),
+            out.logprobs.at[where].set(logprob, mode="drop"),
+            out.lengths.at[slots.answer].set(slots.drawn + 1, mode="drop"),
+            out.finish.at[slots.answer].set(finish, mode="drop"),
+        )
+        positions = job.lengths[slots.answer // shape.samples] + slots.drawn
+        scores, cache = extend(model, variables, token, positions, slots.cache)
+        seen = slots.seen
+        if seen is not None:
+            seen = seen.at[jnp.arange(len(token)), token].set(True)
+        return _Slots(jnp.where(done, A, slots.answer), slots.drawn + 1, scores, cache, seen, state), out
+
+    return advance
+
+
+def _ends(token: Int[Array, "B"], slots: _Slots, job: Job, shape: Shape) -> tuple[Array, Array, Array]:
+    """The state of the text, why it would end here, and whether it does."""
+    stops = jnp.isin(token, jnp.array(shape.stop, jnp.int32)) if shape.stop else jnp.zeros(token.shape, bool)
+    state, strings = slots.state, jnp.zeros(token.shape, bool)
+    if job.strings is not None:
+        known = token < job.strings.shape[1]
+        state = jnp.where(known, job.strings[state, token], state).astype(jnp.int32)
+        strings = state < 0
+    finish = jnp.where(stops, STOP_TOKEN, jnp.where(strings, STOP_STRING, LENGTH))
+    return state, finish, stops | strings | (slots.drawn + 1 >= shape.new)
