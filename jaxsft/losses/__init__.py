@@ -1,8 +1,9 @@
 """Losses: pure functions of arrays, one paper a file. They know neither models nor parameter trees."""
 
+from jaxsft.losses.chunks import CHUNK, CHUNK_CPU
 from jaxsft.losses.divergence import DIVERGENCES
 from jaxsft.losses.kto import UNPAIRED, ScoredAnswers, apo_zero_unpaired, bco, bco_shift, kto, kto_kl, unpaired
-from jaxsft.losses.logprobs import CHUNK, CHUNK_CPU, logprobs, shift
+from jaxsft.losses.logprobs import entropies, logprobs, shift
 from jaxsft.losses.masked import mask_tokens
 from jaxsft.losses.preference import COUNTED, COUPLED, PREFERENCE, WITHOUT_REFERENCE, weighted
 from jaxsft.losses.reward import bradley_terry
@@ -26,6 +27,7 @@ __all__ = [
     "bco_shift",
     "bradley_terry",
     "collision",
+    "entropies",
     "kto",
     "kto_kl",
     "ld_weights",

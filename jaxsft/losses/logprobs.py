@@ -1,30 +1,23 @@
 """Log-probabilities of tokens from features, without the [B, T, V] array of logits.
 
-Rows are first compacted so that the tokens that count come first; then chunks of tokens meet the output table one after
-the other, and chunks that hold none are skipped. Products run in the dtype of the features with float32 accumulation,
-the softmax in float32. The gradient is written by hand:
+Chunks of the tokens that count meet the output table one after the other, see chunks.py. Products run in the dtype of
+the features with float32 accumulation, the softmax in float32. The gradient is written by hand:
 
     d lp / d f = W_y - sum_v p_v W_v    per token: formed in the forward pass, scaled in the backward pass
     d lp / d W needs the chunk's softmax again, and is only computed where the table trains
+
+The entropy of the whole distribution comes of the same pass. Where it is to have a gradient, too, the chunk's softmax
+is made again for both: two gradients of every token would be kept otherwise.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-class Head(NamedTuple):
-    """What makes scores of the products of features and table, and how many tokens meet the table at one time."""
-
-    width: int  # tokens of each row
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-
-CHUNK_CPU, CHUNK = 256, 4096  # tokens whose logits exist at one time; a CPU's cache likes few
+from jaxsft.losses.chunks import Head, chunks, compact, scores
 
 
 def shift(
@@ -64,9 +57,10 @@ def logprobs(
     *,
     scale: float = 1.0,
     soft_cap: float | None = None,
+    temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """log softmax(scores)[target], float32, for the tokens in `mask`; 0 for the others.
+    """log softmax(scores / temperature)[target], float32, for the tokens in `mask`; 0 for the others.
 
         scores = scale features table^T, or soft_cap tanh(that / soft_cap)
 
@@ -77,7 +71,11 @@ def logprobs(
       mask: which positions count; the others cost nothing.
       scale: of the scores.
       soft_cap: bounds them (Gemma 2, arXiv:2408.00118, section 2).
+      temperature: that of the sampler, where tokens were drawn at another one than 1.
       chunk: tokens whose logits exist at one time, so memory is chunk x V floats; by default what suits the backend.
+
+    Raises:
+      ValueError: the temperature is not above 0.
 
     Example:
       >>> features, table = jnp.ones((1, 3, 2)), jnp.zeros((5, 2))
@@ -85,117 +83,161 @@ def logprobs(
       >>> [round(float(x), 3) for x in lp[0]]  # one of five, all equally likely: log 1/5
       [-1.609, -1.609, 0.0]
     """
+    return _ordered(features, table, targets, mask, (scale, soft_cap, temperature), chunk, "none")[0]
+
+
+def entropies(
+    features: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    learned: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probabilities, and the entropy -sum_v p_v log p_v of each position's whole distribution, in one pass.
+
+    Args:
+      features, table, targets, mask, scale, soft_cap, temperature, chunk: as for `logprobs`.
+      learned: whether the entropy has a gradient. For a bonus in the loss it must; where it is only shown, the backward
+        pass is as cheap without as that of `logprobs`.
+
+    Returns:
+      (log-probabilities, entropies), float32 in nats; 0 for tokens outside of `mask`. An entropy is never below 0.
+
+    Raises:
+      ValueError: the temperature is not above 0.
+
+    Example:
+      >>> features, table = jnp.ones((1, 3, 2)), jnp.zeros((5, 2))
+      >>> lp, entropy = entropies(features, table, jnp.array([[1, 2, 3]]), jnp.array([[True, True, False]]))
+      >>> [round(float(x), 3) for x in entropy[0]]  # one of five, all equally likely: log 5
+      [1.609, 1.609, 0.0]
+    """
+    kind = "learned" if learned else "seen"
+    lp, entropy = _ordered(features, table, targets, mask, (scale, soft_cap, temperature), chunk, kind)
+    return lp, entropy if learned else jax.lax.stop_gradient(entropy)
+
+
+Entropy = Literal["none", "seen", "learned"]  # not computed, without a gradient, with one
+
+
+def _ordered(features, table, targets, mask, bent, chunk, entropy):
+    """The log-probabilities, and the entropies or None, of rows that are compacted and put back."""
+    if bent[-1] <= 0:
+        raise ValueError(f"temperature is {bent[-1]}; scores are divided by it, so it must be above 0")
     rows = compact(mask, chunk)
     # Along the row, so that rows which lie on different devices stay there.
     features = jnp.take_along_axis(features, rows.order[..., None], axis=1)
     targets = jnp.take_along_axis(targets, rows.order, axis=1)
-    lp: Any = _compact(features, table, targets, rows.counts, Head(rows.width, scale, soft_cap))
-    return jnp.take_along_axis(lp, rows.back, axis=1)
+    found: Any = _compact(features, table, targets, rows.counts, Head(rows.width, *bent), entropy)
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, rows.back, axis=1), found)
 
 
-class Compact(NamedTuple):
-    """How rows are reordered so that the tokens that count come first, and filled up to whole chunks."""
-
-    order: Int[Array, "B Tc"]  # where each token stood
-    back: Int[Array, "B T"]  # where each token went
-    counts: Bool[Array, "B Tc"]  # true for a prefix of each row
-    width: int  # tokens of each row in a chunk
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _compact(features, table, targets, mask, head, entropy):
+    return _forward(features, table, targets, mask, head, entropy, grad=False)[:2]
 
 
-def compact(mask: Bool[Array, "B T"], chunk: int | None) -> Compact:
-    """The order for `mask`, in chunks of `chunk` tokens, or of what suits the backend."""
-    B, T = mask.shape
-    chunk = chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
-    width = min(T, max(1, chunk // B))
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    order = jnp.pad(order, ((0, 0), (0, -T % width)), mode="edge")
-    return Compact(order, back, jnp.arange(order.shape[1]) < mask.sum(axis=1, keepdims=True), width)
+class Softmax(NamedTuple):
+    """The distributions of a chunk's tokens."""
 
+    shifted: Float[Array, "B t V"]  # scores below the highest
+    weights: Float[Array, "B t V"]  # their exponentials
+    total: Float[Array, "B t 1"]  # of the weights, at least 1
+    hit: Bool[Array, "B t V"]  # the target
+    slope: Array | float  # d scores / d products
 
-def scores(features: Float[Array, "B t D"], table: Float[Array, "V D"], head: Head) -> tuple[Array, Array | float]:
-    """Scores of every token of the vocabulary, float32 [B, t, V], and d scores / d products of features and table."""
-    logits = jnp.einsum("btd,vd->btv", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
-    slope = head.scale
-    if head.scale != 1:
-        logits = logits * head.scale
-    if head.soft_cap is not None:
-        bent = jnp.tanh(logits / head.soft_cap)
-        logits, slope = head.soft_cap * bent, slope * (1 - bent * bent)
-    return logits, slope
+    @property
+    def logprobs(self) -> Float[Array, "B t"]:
+        return jnp.where(self.hit, self.shifted, 0).sum(axis=-1) - jnp.log(self.total[..., 0])
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _compact(features, table, targets, mask, head):
-    return _forward(features, table, targets, mask, head, grad=False)[0]
+    @property
+    def entropies(self) -> Float[Array, "B t"]:
+        """log total - sum_v p_v shifted_v: two terms of which neither is below 0."""
+        return jnp.log(self.total[..., 0]) - (self.weights * self.shifted).sum(axis=-1) / self.total[..., 0]
 
 
 def _softmax(features, table, targets, head):
-    """lp of the targets, and d lp / d products: one-hot(target) - softmax, times the slope of the scores."""
     logits, slope = scores(features, table, head)
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    total = jnp.exp(shifted).sum(axis=-1, keepdims=True)
+    weights = jnp.exp(shifted)
     # A comparison instead of a gather: it fuses, and a table cut over the vocabulary stays cut.
     hit = jnp.arange(table.shape[0]) == targets[..., None]
-    lp = jnp.where(hit, shifted, 0).sum(axis=-1) - jnp.log(total[..., 0])
-    pull = jnp.where(hit, 1.0, 0.0) - jnp.exp(shifted) / total
-    return lp, pull if head == Head(head.width) else pull * slope
+    return Softmax(shifted, weights, weights.sum(axis=-1, keepdims=True), hit, slope)
 
 
-def chunks(step: Any, carry: Any, mask: Bool[Array, "B Tc"], width: int) -> tuple[Any, Any]:
-    """Scans `step(carry, take)` over chunks of tokens, skipping those that hold no token that counts."""
+def _pull(softmax, of_lp=1.0, of_entropy=None):
+    """What cotangents of lp and entropy make of the products.
 
-    def body(carry, start):
-        take: Any = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
-        skip = lambda carry: (carry, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape))
-        run = lambda carry: step(carry, take)
-        shape = jax.eval_shape(run, carry)[1]
-        return jax.lax.cond(take(mask).any(), run, skip, carry)
-
-    carry, out = jax.lax.scan(body, carry, jnp.arange(0, mask.shape[1], width))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-    return carry, jax.tree.map(join, out)  # [chunks, B, width, ...] -> [B, T, ...]
+    d lp / d scores = one-hot(target) - p;  d entropy / d scores = -p (log p + entropy)
+    """
+    p = softmax.weights / softmax.total
+    pull = of_lp * (jnp.where(softmax.hit, 1.0, 0.0) - p)
+    if of_entropy is not None:
+        surprise = softmax.shifted - jnp.log(softmax.total) + softmax.entropies[..., None]
+        pull -= of_entropy * p * surprise
+    return pull * softmax.slope
 
 
-def _forward(features, table, targets, mask, head, grad):
+def _forward(features, table, targets, mask, head, entropy, grad):
     def step(carry, take):
-        f = jnp.where(take(mask)[..., None], take(features), 0)  # whatever a masked token holds
-        lp, slope = _softmax(f, table, take(targets), head)
-        lp = jnp.where(take(mask), lp, 0.0)
+        counts = take(mask)
+        f = jnp.where(counts[..., None], take(features), 0)  # whatever a masked token holds
+        softmax = _softmax(f, table, take(targets), head)
+        lp = jnp.where(counts, softmax.logprobs, 0.0)
+        spread = None if entropy == "none" else jnp.where(counts, softmax.entropies, 0.0)
         if not grad:
-            return carry, (lp,)
-        pull = jnp.einsum("btv,vd->btd", slope.astype(f.dtype), table.astype(f.dtype))
-        return carry, (lp, jnp.where(take(mask)[..., None], pull, 0))
+            return carry, (lp, spread, None)
+        pull = jnp.einsum("btv,vd->btd", _pull(softmax).astype(f.dtype), table.astype(f.dtype))
+        return carry, (lp, spread, jnp.where(counts[..., None], pull, 0))
 
     return chunks(step, (), mask, head.width)[1]
 
 
-def _vjp_forward(features, table, targets, mask, head):
+class Again(NamedTuple):
+    """What the backward pass needs to compute the softmax again."""
+
+    features: Float[Array, "B Tc D"]
+    table: Float[Array, "V D"]
+    targets: Int[Array, "B Tc"]
+    mask: Bool[Array, "B Tc"]
+    trains: tuple | None  # (): the table does. A structure, since a value would be traced
+
+
+def _vjp_forward(features, table, targets, mask, head, entropy):
     trains = table.perturbed  # decided while tracing: a frozen table needs nothing kept but the pull
-    features, table, targets, mask = features.value, table.value, targets.value, mask.value
-    if trains:
-        (lp,) = _forward(features, table, targets, mask, head, grad=False)
-        return lp, (features, table, targets, mask)
-    lp, pull = _forward(features, table, targets, mask, head, grad=True)
-    return lp, pull
+    given = features.value, table.value, targets.value, mask.value
+    if trains or entropy == "learned":
+        found = _forward(*given, head, entropy, grad=False)
+        return found[:2], Again(*given, trains=() if trains else None)
+    *found, pull = _forward(*given, head, entropy, grad=True)
+    return tuple(found), pull
 
 
-def _vjp_backward(head, kept, cotangent):
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        cotangent = jnp.zeros(cotangent.shape, jnp.float32)
-    if not isinstance(kept, tuple):
-        return (cotangent[..., None] * kept).astype(kept.dtype), None, None, None
-    features, table, targets, mask = kept
-    g = jnp.where(mask, cotangent, 0.0)
+def _vjp_backward(head, entropy, kept, cotangents):
+    zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
+    of_lp, of_entropy = (jnp.zeros(g.shape, jnp.float32) if zero(g) else g for g in cotangents)
+    if not isinstance(kept, Again):
+        return (of_lp[..., None] * kept).astype(kept.dtype), None, None, None
+    features, table, targets, mask, trains = kept
+    given = [of_lp] if entropy != "learned" else [of_lp, of_entropy]
+    given = [jnp.where(mask, g, 0.0) for g in given]
 
     def step(grad_table, take):
         f = jnp.where(take(mask)[..., None], take(features), 0)
-        slope = (_softmax(f, table, take(targets), head)[1] * take(g)[..., None]).astype(f.dtype)
-        grad_table += jnp.einsum("btv,btd->vd", slope, f, preferred_element_type=jnp.float32)
-        return grad_table, jnp.einsum("btv,vd->btd", slope, table.astype(f.dtype))
+        softmax = _softmax(f, table, take(targets), head)
+        pull = _pull(softmax, *(take(g)[..., None] for g in given)).astype(f.dtype)
+        if trains is not None:
+            grad_table += jnp.einsum("btv,btd->vd", pull, f, preferred_element_type=jnp.float32)
+        return grad_table, jnp.einsum("btv,vd->btd", pull, table.astype(f.dtype))
 
-    grad_table, grad_features = chunks(step, jnp.zeros(table.shape, jnp.float32), mask, head.width)
-    return grad_features, grad_table.astype(table.dtype), None, None
+    start = None if trains is None else jnp.zeros(table.shape, jnp.float32)
+    grad_table, grad_features = chunks(step, start, mask, head.width)
+    return grad_features, None if trains is None else grad_table.astype(table.dtype), None, None
 
 
 _compact.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsft.losses.logprobs import Head, chunks, compact, scores
+from jaxsft.losses.chunks import Head, chunks, compact, scores
 
 
 def wpo(logprobs: Float[Array, "*N"], collisions: Float[Array, "*N"], count: Float[Array, "*N"]) -> Float[Array, "*N"]:
