@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxsft import lora, losses, models, quant, score, tree
+    from jaxsft import lora, losses, models, quant, rewards, score, tree
     from jaxsft.hub import export, export_adapter, load, load_adapter, load_variables, merge
     from jaxsft.lora import LoRA
     from jaxsft.models import Model
@@ -28,6 +28,7 @@ _HOME = {
     "losses": "jaxsft.losses",
     "models": "jaxsft.models",
     "quant": "jaxsft.quant",
+    "rewards": "jaxsft.rewards",
     "score": "jaxsft.score",
     "LoRA": "jaxsft.lora",
     "Model": "jaxsft.models",
@@ -65,6 +66,7 @@ __all__ = [
     "merge",
     "models",
     "quant",
+    "rewards",
     "score",
     "stream",
     "supervised",
