@@ -7,7 +7,8 @@ Perplexity: of the model (by default the one that ships) on text it was not trai
 LoRA step of the shape in benchmarks/step.py, 41.6 M parameters in float32, 4 x 512 tokens, with model.remat block; its
 peak is what the compiler plans for arguments and temporaries. Load: a checkpoint of a Qwen 3 0.6B's shape, 596 M random
 weights in bfloat16, in files of 0.2 GB; its peak is what the process grew by at most, the compilation of the packing
-included. Each kind runs in a process of its own; the kinds take turns, and the median of the steps counts. On two quiet CPU cores:
+included. Each kind runs in a process of its own; the kinds take turns, and the median of the steps counts. On two quiet
+CPU cores:
 
                     step, 41.6 M in float32       load, 596 M in bfloat16
        perplexity weights MB  peak MB tokens/s  weights MB  peak MB seconds
