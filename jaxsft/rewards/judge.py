@@ -26,6 +26,11 @@ class Config:
     """seconds that one call may take; then its process is killed, and the answer has no reward"""
     workers: int = 1
     """processes that call them"""
+    model: str = ""
+    """a reward model to judge as well: an adapter of scripts/reward.py over the same base, or a whole checkpoint with
+    the same tokens"""
+    model_weight: float = 1.0
+    """of its score"""
 
 
 class Failure(NamedTuple):
@@ -60,7 +65,7 @@ class Part(NamedTuple):
 class Judge:
     """Made by `load`: (prompts, answers, fields) -> `Scored`; as a context manager it ends its processes."""
 
-    def __init__(self, parts: Sequence[Part], pool: Pool):
+    def __init__(self, parts: Sequence[Part], pool: Pool | None):
         self.parts, self.pool = parts, pool
 
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str], fields: Sequence[Row]) -> Scored:
@@ -76,6 +81,8 @@ class Judge:
         """
         calls, asked = [], []
         episodes = list(zip(prompts, answers, fields, strict=True))
+        if self.pool is None:
+            return Scored(np.full(len(episodes), np.nan, np.float32), {}, [])
         values = np.full((len(self.parts), len(episodes)), np.nan)
         errors: dict[tuple[int, int], str] = {}
         for number, manner in enumerate(self.pool.manners):
@@ -100,7 +107,8 @@ class Judge:
 
     def close(self) -> None:
         """Ends the processes."""
-        self.pool.close()
+        if self.pool is not None:
+            self.pool.close()
 
     def __enter__(self) -> "Judge":
         return self
@@ -109,7 +117,13 @@ class Judge:
         self.close()
 
 
-def load(functions: Mapping[str, float | Mapping[str, Any]], *, timeout: float = 10.0, workers: int = 1) -> Judge:
+def load(
+    functions: Mapping[str, float | Mapping[str, Any]],
+    *,
+    timeout: float = 10.0,
+    workers: int = 1,
+    required: bool = True,
+) -> Judge:
     """Finds reward functions and starts the processes that run them.
 
     Args:
@@ -118,6 +132,7 @@ def load(functions: Mapping[str, float | Mapping[str, Any]], *, timeout: float =
         "pattern": "[0-9]"}}.
       timeout: seconds that one call may take: one answer, or all of them for a function that takes lists.
       workers: processes. What takes lists runs in one of them.
+      required: is it an error to name none? Otherwise no answer has a reward then.
 
     Returns:
       (prompts, answers, fields) -> Scored. Close it, or use it in a `with`.
@@ -131,10 +146,12 @@ def load(functions: Mapping[str, float | Mapping[str, Any]], *, timeout: float =
       >>> scored.total.tolist(), scored.parts["exact_match"].tolist(), scored.failures
       ([1.5, 0.5], [1.0, 0.0], [])
     """
+    if not functions and not required:
+        return Judge([], None)
     if not functions:
-        raise RewardError("rewards.functions is empty; give a name and its weight, such as {exact_match: 1.0}")
+        raise RewardError("reward.functions is empty; give a name and its weight, such as {exact_match: 1.0}")
     if workers < 1 or not timeout > 0:
-        raise RewardError(f"rewards.workers is {workers} and rewards.timeout {timeout}; both must be above 0")
+        raise RewardError(f"reward.workers is {workers} and reward.timeout {timeout}; both must be above 0")
     parts = [_part(label, given) for label, given in functions.items()]
     return Judge(parts, Pool([(part.name, part.arguments) for part in parts], timeout=timeout, workers=workers))
 
@@ -183,7 +200,7 @@ def _part(label: str, given: float | Mapping[str, Any]) -> Part:
     arguments = dict(given) if isinstance(given, Mapping) else {"weight": given}
     weight, name = arguments.pop("weight", 1.0), arguments.pop("function", label)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise RewardError(f"rewards.functions gives {label} the weight {weight!r}; expected a number")
+        raise RewardError(f"reward.functions gives {label} the weight {weight!r}; expected a number")
     return Part(label, str(name), float(weight), arguments)
 
 
@@ -215,7 +232,7 @@ def _missing(manner: Manner, row: Row) -> str:
         return ""
     return (
         f"it needs the column {', '.join(missing)}, and the row has {', '.join(row) or 'none'}; rename it with data "
-        "columns, or give it as an argument in rewards.functions"
+        "columns, or give it as an argument in reward.functions"
     )
 
 

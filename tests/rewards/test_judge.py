@@ -92,8 +92,8 @@ def test_totals_are_weighted_sums_over_the_functions_that_gave_a_reward(wild):
         ("raise", "KeyError: 'key' (own.py line 8 in wild)"),
         ("exit", "SystemExit: bye (own.py line 10 in wild)"),
         ("die", "its process ended with status 3"),
-        ("loop", "it took more than 1 seconds; raise rewards.timeout if it needs them"),
-        ("child", "it took more than 1 seconds; raise rewards.timeout if it needs them"),
+        ("loop", "it took more than 1 seconds; raise reward.timeout if it needs them"),
+        ("child", "it took more than 1 seconds; raise reward.timeout if it needs them"),
         ("text", "it returned '1.0' (str); expected a number, or None for no reward"),
         ("infinite", "it returned inf (float); expected a number, or None for no reward"),
     ],
@@ -149,7 +149,7 @@ def test_functions_of_lists_get_all_answers_in_one_call_with_their_columns(own):
     assert errors == {
         "short": "it returned 1 rewards for 2 answers; expected one each, None for no reward",
         "needs": "it needs the column solution, and the row has answer, completion_ids; rename it with data columns, "
-        "or give it as an argument in rewards.functions",
+        "or give it as an argument in reward.functions",
     }
 
 
@@ -185,11 +185,11 @@ def test_a_module_that_cannot_be_imported_is_an_error_at_once(tmp_path, code, wo
 @pytest.mark.parametrize(
     ("functions", "how", "words"),
     [
-        ({}, {}, "rewards.functions is empty"),
+        ({}, {}, "reward.functions is empty"),
         ({"exact_match": "1"}, {}, "gives exact_match the weight '1'; expected a number"),
         ({"exact_match": float("nan")}, {}, "the weight nan"),
-        ({"exact_match": 1.0}, {"timeout": 0.0}, "rewards.timeout 0.0; both must be above 0"),
-        ({"exact_match": 1.0}, {"workers": 0}, "rewards.workers is 0"),
+        ({"exact_match": 1.0}, {"timeout": 0.0}, "reward.timeout 0.0; both must be above 0"),
+        ({"exact_match": 1.0}, {"workers": 0}, "reward.workers is 0"),
     ],
 )
 def test_what_cannot_be_is_refused(functions, how, words):
