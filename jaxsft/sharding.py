@@ -135,6 +135,35 @@ def of(arrays: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, arrays)
 
 
+def cut(batch: Any, pieces: int) -> Any:
+    """Arrays [B, ...] -> [pieces, B / pieces, ...], every piece with rows of every device.
+
+    Raises:
+      ValueError: the pieces do not divide the rows.
+
+    Example:
+      >>> cut(np.arange(4), 2).tolist()
+      [[0, 2], [1, 3]]
+    """
+
+    def one(x: Any) -> Any:
+        if x.shape[0] % pieces:
+            raise ValueError(f"a batch of {x.shape[0]} rows does not cut into {pieces} microbatches")
+        return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, batch)
+
+
+def join(batch: Any) -> Any:
+    """Arrays [pieces, B / pieces, ...] -> [B, ...], what `cut` was given.
+
+    Example:
+      >>> join(cut(np.arange(4), 2)).tolist()
+      [0, 1, 2, 3]
+    """
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """Brings a whole array to every host, from wherever its slices are; all processes must call it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:

@@ -135,11 +135,11 @@ def make_step(
             grads, sums = grad(state.trainable, batch, key)
         else:
             keys = jax.random.split(key, microbatches)
-            cut = lambda batch: jax.tree.map(lambda x: _cut(x, microbatches), batch)
+            cut = lambda batch: sharding.cut(batch, microbatches)
             if prepare is not None:
                 variables = tree.combine(state.trainable, frozen)
                 look = lambda f: jax.lax.map(lambda piece: f(variables, *piece), (cut(batch), keys))
-                batch = prepare(variables, batch, lambda f: jax.tree.map(_join, look(f)))
+                batch = prepare(variables, batch, lambda f: sharding.join(look(f)))
             pieces = (cut(batch), keys)
             add = lambda carry, piece: (jax.tree.map(jnp.add, carry, grad(state.trainable, *piece)), None)
             first = jax.tree.map(lambda x: x[0], pieces)
@@ -164,18 +164,6 @@ def make_step(
 
 def _mean(value: Array | Mean, weight: Array) -> Array:
     return value.total / jnp.maximum(value.weight, 1.0) if isinstance(value, Mean) else value / weight
-
-
-def _cut(x: Array, pieces: int) -> Array:
-    """[B, ...] -> [pieces, B / pieces, ...], every piece with rows of every device."""
-    if x.shape[0] % pieces:
-        raise ValueError(f"a batch of {x.shape[0]} rows does not cut into {pieces} microbatches")
-    return jnp.swapaxes(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 0, 1)
-
-
-def _join(x: Array) -> Array:
-    """[pieces, B / pieces, ...] -> [B, ...], what `_cut` was given."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 class Placed(NamedTuple):

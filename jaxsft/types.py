@@ -72,6 +72,25 @@ class Prompts(NamedTuple):
     rows: Int[Array, "B"]  # of the data, to look up what else the row says
 
 
+class Rollouts(NamedTuple):
+    """Rows of packed episodes, prompts and answers that the policy drew, with all that is known of each drawn token.
+
+    tokens to segments are those of `Tokens`; the mask has the tokens that were drawn and are learned from. What is
+    known of a token stands where it is predicted, one place to its left, as `losses.shift` has it.
+    """
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    old: Float[Array, "B T"]  # log-probability under the policy that drew it
+    reference: Float[Array, "B T"]  # the same under the reference; 0 where the loss has none
+    advantage: Float[Array, "B T"]
+    value: Float[Array, "B T"]  # what the critic expected; 0 without one
+    returns: Float[Array, "B T"]  # what came
+    fresh: Bool[Array, "B 1"]  # has nothing been learned since `old`? The ratio of the two is then 1 exactly
+
+
 class Mean(NamedTuple):
     """A metric with a weight of its own: a sum, and over how many."""
 
