@@ -128,6 +128,7 @@ def finish(
     written: Mapping[str, Path],
     *,
     unit: str = "nats per learned token",
+    measure: str = "loss",
 ) -> None:
     """Shows a run's end: answers before and after, the held-out loss before and after, and what lies where.
 
@@ -136,6 +137,7 @@ def finish(
       samples: (question, wanted answer, answer before, answer after), none or some.
       written: name -> path of what the run wrote beside its metrics.
       unit: of the loss.
+      measure: what is told of held-out rows, before and after.
     """
     if jax.process_index():
         return
@@ -144,11 +146,11 @@ def finish(
     others = plot_metrics(folder / METRICS, folder / "metrics.png")
     if samples:
         table("held-out questions", ("question", "wanted", "before", "after"), samples)
-    held = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+    held = [row[f"eval_{measure}"] for row in metrics if f"eval_{measure}" in row]
     losses = [row["loss"] for row in metrics if "loss" in row]
     figures = {"steps": max((row["step"] for row in metrics), default=0)}
     figures |= {"loss, first and last step": f"{losses[0]:.4f} -> {losses[-1]:.4f}"} if losses else {}
-    figures |= {"held-out loss, before and after": f"{held[0]:.4f} -> {held[-1]:.4f}"} if held else {}
+    figures |= {f"held-out {measure}, before and after": f"{held[0]:.4f} -> {held[-1]:.4f}"} if held else {}
     files = {
         "metrics": folder / METRICS,
         "loss curve": folder / "loss.png",

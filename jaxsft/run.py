@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,6 +21,7 @@ WRITTEN = (
     "loss.png",
     "metrics.png",
     "calibration.png",
+    "samples.jsonl",
     "checkpoints",
     "adapter",
     "merged",
@@ -110,13 +112,14 @@ class Log:
     Args:
       folder: the run's folder.
       step: the step that training continues from; lines of later steps, written before a kill, are taken out.
+      shows: the metric that the bar shows.
     """
 
-    def __init__(self, folder: Path, step: int = 0):
-        self.file, self.step, self._bar = folder / METRICS, step, None
+    def __init__(self, folder: Path, step: int = 0, shows: str = "loss"):
+        self.file, self.step, self.shows, self._bar = folder / METRICS, step, shows, None
         self.writes = jax.process_index() == 0
         if self.writes:
-            _keep_until(self.file, step)
+            keep_until(self.file, step)
         self._speed, self._window = 0.0, deque(maxlen=20)  # (time, tokens) of the last steps
 
     @contextmanager
@@ -124,10 +127,10 @@ class Log:
         """Shows the bar while the block runs."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        figures = TextColumn("loss {task.fields[loss]} {task.fields[speed]} tokens/s left")
+        figures = TextColumn(self.shows + " {task.fields[shown]} {task.fields[speed]} tokens/s left")
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn()]
         with Progress(*columns, disable=not self.writes) as bar:
-            task = bar.add_task(label, total=steps, completed=self.step, loss="-", speed="-")
+            task = bar.add_task(label, total=steps, completed=self.step, shown="-", speed="-")
             self._bar = lambda **fields: bar.update(task, **fields)
             self._window.append((time.perf_counter(), 0))
             try:
@@ -145,7 +148,7 @@ class Log:
         if write:
             self._write({"step": step, **metrics, "tokens_per_second": round(self._speed, 1)})
         if self._bar:
-            self._bar(completed=step, loss=f"{metrics['loss']:.4f}", speed=f"{self._speed:,.0f}")
+            self._bar(completed=step, shown=f"{metrics[self.shows]:.4f}", speed=f"{self._speed:,.0f}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes what was measured on held-out rows after `step` steps; its time does not count as training."""
@@ -158,7 +161,7 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
 
-def read_metrics(file: Path) -> list[dict[str, float]]:
+def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Reads a metrics file; a last line that a kill cut short is left out.
 
     Raises:
@@ -175,9 +178,10 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _keep_until(file: Path, step: int) -> None:
+def keep_until(file: Path, step: int) -> None:
+    """Takes the lines of later steps out of a file whose rows each have a "step"; of step 0 all are."""
     rows = [row for row in read_metrics(file) if row["step"] <= step] if step else []
     if file.exists() or rows:
         part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         os.replace(part, file)
