@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxsft import hub, losses, optim, report, sharding, train, tree, tuning
+from jaxsft import hub, losses, optim, report, sample, sharding, train, tree, tuning
 from jaxsft.models import Model
-from jaxsft.objectives import Objective, Pairwise
+from jaxsft.objectives import Objective, Pairwise, policy
 from jaxsft.tree import Tree
-from jaxsft.types import Pairs, State, Tokens
+from jaxsft.types import Pairs, Rollouts, State, Tokens
 
 # On a CPU alone: else the float32 copy of a bfloat16 kernel is made of all layers at once, before the loop over them.
 AS_ELSEWHERE = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"}
@@ -50,6 +50,8 @@ class Work(NamedTuple):
     ]  # rows -> a batch; rows(dtype) is [B, T], rows(dtype, *axes) is [B, *axes]
     reference: bool = False  # is what trains of the base kept as it was, beside it?
     labels: int = 0  # of a reward model
+    critic: str = ""  # of PPO, see `session.with_critic`
+    answers: int = 0  # in progress at one time
 
 
 def over_tokens(objective: Callable[..., Objective]) -> Work:
@@ -72,6 +74,24 @@ def over_pairs(learning: Callable[..., Pairwise], *, reference: bool = False, la
     return Work(lambda model, chunk: learning(model, chunk=chunk)[:2], batch, reference, labels)
 
 
+def over_rollouts(learning: Mapping[str, Any], *, answers: int, critic: str = "", reference: bool = False) -> Work:
+    """Work over `Rollouts`.
+
+    Args:
+      learning: of `objectives.policy`.
+      answers: of a rollout.
+      critic: see `session.with_critic`; "" for none.
+      reference: is there one?
+    """
+
+    def batch(rows: Callable[..., Any]) -> Rollouts:
+        tokens = Tokens(*map(rows, (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+        return Rollouts(*tokens, *(rows(jnp.float32) for _ in range(5)), rows(jnp.bool_, 1))
+
+    objective = lambda model, chunk: (policy(model, **learning, chunk=chunk), None)
+    return Work(objective, batch, reference, critic=critic, answers=min(answers, sample.SLOTS))
+
+
 class Need(NamedTuple):
     """Bytes on one device, and parameters in all."""
 
@@ -79,13 +99,14 @@ class Need(NamedTuple):
     optimizer: int
     batch: int
     working: int  # activations, gradients and what else comes and goes within a step
+    cache: int  # of the answers in progress, while no step is computed
     logits: int  # of `working`: the float32 scores of the tokens that meet the output layer at one time
     parameters: int
     trained: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.batch + self.working
+        return self.weights + self.optimizer + max(self.batch + self.working, self.cache)
 
 
 def pretend(mesh: sharding.Config) -> None:
@@ -173,6 +194,12 @@ def measure(work: Work, sections: Sections) -> Need:
     trainable, frozen = tuning.apply(plan, base, jax.random.key(0), mesh=mesh, rules=family.rules)
     if work.reference and "params" in trainable:
         frozen = {**frozen, "reference": trainable["params"]}
+    if work.critic:
+        score = jax.ShapeDtypeStruct((shape.hidden, 1), jnp.float32, sharding=sharding.whole(mesh))
+        own = trainable if work.critic == "own" else {}
+        trainable = {**trainable, "value": {**own, "params": {**own.get("params", {}), "score": {"kernel": score}}}}
+        frozen = {**frozen, "value": {"lora": frozen["lora"]}} if own and "lora" in frozen else frozen
+    cache: Any = jax.eval_shape(lambda: model.cache(work.answers, s.length)) if work.answers else ()
     tx, _ = optim.build(s.optim, 1)
     state = abstract_state(trainable, tx, mesh)
 
@@ -198,6 +225,7 @@ def measure(work: Work, sections: Sections) -> Need:
         moments,
         tokens,
         max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shards,
         4 * model.config.vocab_size * min(at_once, s.train.batch_size * s.length) // shards,
         tuning.count(trainable, frozen),
         tree.count(trainable),
@@ -258,6 +286,7 @@ def show(work: Work, sections: Sections, device_gb: float | None) -> None:
             "optimizer": size(need.optimizer),
             "batch": size(need.batch),
             "activations, gradients, logits": f"{size(need.working)}; logits of one chunk are {size(need.logits)}",
+            **({"cache of answers, while they are drawn": size(need.cache)} if need.cache else {}),
             "in all": size(need.total),
             "fits": fits,
         },

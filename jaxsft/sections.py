@@ -3,9 +3,10 @@
 from jaxsft.data import Config as Data
 from jaxsft.hub import Config as Model
 from jaxsft.hub import ExportConfig as Export
+from jaxsft.objectives import GRPO, PPO, Reward
 from jaxsft.objectives import Config as Preference
-from jaxsft.objectives import Reward
 from jaxsft.optim import Config as Optim
+from jaxsft.rewards import Config as Rewards
 from jaxsft.run import Config as Run
 from jaxsft.sample import Config as Sample
 from jaxsft.sharding import Config as Mesh
@@ -14,6 +15,8 @@ from jaxsft.train import Pretraining
 from jaxsft.tuning import Config as Tuning
 
 __all__ = [
+    "GRPO",
+    "PPO",
     "Data",
     "Export",
     "Mesh",
@@ -22,6 +25,7 @@ __all__ = [
     "Preference",
     "Pretraining",
     "Reward",
+    "Rewards",
     "Run",
     "Sample",
     "Train",

@@ -9,9 +9,9 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxsft import checkpoint, data, hub, objectives, optim, report, run, sharding, tree, tuning
+from jaxsft import checkpoint, data, hub, objectives, optim, report, run, score, sharding, tree, tuning
+from jaxsft.models import Model, build
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.train import Config, Prepare, fit, init, make_evaluation, make_step, place
@@ -30,15 +31,21 @@ VERSION = 1  # of what is computed of a reference; another one is computed again
 AGREE = 0.5  # nats an answer, on average, by which two computations of a reference may differ: other devices, bfloat16
 
 
-def start(config: run.Config, mesh: sharding.Config, how: Config) -> tuple[Path, Mesh]:
+def start(config: run.Config, mesh: sharding.Config, how: Config | None = None) -> tuple[Path, Mesh]:
     """Prepares the run's folder and the devices, in that order: several hosts meet before they see each other's.
+
+    Args:
+      config: of the run.
+      mesh: of the devices.
+      how: the batches, which the devices must be able to share out; None where that is not settled yet.
 
     Raises:
       RunError, ValueError: see `run.start`, `sharding.mesh`; a batch that the mesh cannot share out.
     """
     folder = run.start(config)
     made = sharding.mesh(**dataclasses.asdict(mesh))
-    check_batch(how, made)
+    if how is not None:
+        check_batch(how, made)
     return folder, made
 
 
@@ -123,6 +130,71 @@ def with_reference(learner: Learner) -> Learner:
     """
     kept = jax.tree.map(jnp.copy, learner.trainable.get("params", {}))
     return learner._replace(frozen={**learner.frozen, "reference": kept}) if kept else learner
+
+
+def with_critic(learner: Learner, kind: Literal["own", "shared"], mesh: Mesh) -> Learner:
+    """Gives a policy a critic, `variables["value"]`: a score that begins at 0, on features of its own or of the policy.
+
+    Args:
+      learner: the policy, as it is before training.
+      kind: own: a copy of what trains (with LoRA a second adapter over the same base) and a score; shared: a score.
+      mesh: where it lies.
+    """
+    zeros = jax.device_put(jnp.zeros((learner.model.config.hidden, 1), jnp.float32), sharding.whole(mesh))
+    head = {"score": {"kernel": zeros}}
+    if kind == "shared":
+        return learner._replace(trainable={**learner.trainable, "value": {"params": head}})
+    own = jax.tree.map(jnp.copy, learner.trainable)
+    critic = own | {"params": own.get("params", {}) | head}
+    constants = {"value": {"lora": learner.frozen["lora"]}} if "lora" in learner.frozen else {}
+    return learner._replace(trainable={**learner.trainable, "value": critic}, frozen={**learner.frozen, **constants})
+
+
+def with_judge(learner: Learner, path: str, model: hub.Config, mesh: Mesh) -> tuple[Learner, Model | None]:
+    """Gives a run a reward model, `variables["reward"]`; none where there is no path.
+
+    Args:
+      learner: the policy.
+      path: what scripts/reward.py leaves: an adapter, which is put on the base that the policy has, too; or a merged
+        checkpoint, whole.
+      model: the policy's checkpoint.
+      mesh: where it lies.
+
+    Returns:
+      (learner, the model that computes the scores, or None).
+
+    Raises:
+      RunError: it reads other tokens than the policy writes, or scores nothing.
+      CheckpointError: see `hub.load_adapter`, `hub.load_variables`.
+    """
+    if not path:
+        return learner, None
+    if (Path(path) / "adapter_config.json").is_file():
+        family, shape = hub.read_config(hub.resolve(model.path))
+        adapter = hub.load_adapter(path, hub.on_disk(model.path), family=family, config=shape)
+        own = {"lora": adapter.lora, "params": adapter.params}
+        judge = build(dataclasses.replace(learner.model.config, labels=1), dtype=jnp.dtype(model.dtype), mesh=mesh)
+        tokenizer = hub.adapter_tokenizer(path, model.path)
+        own = jax.tree.map(lambda x: jax.device_put(x, sharding.whole(mesh)), own)
+    else:
+        judge, own = hub.load_variables(path, mesh, dtype=jnp.dtype(model.dtype))
+        tokenizer = hub.load_tokenizer(path)
+    if "score" not in own["params"]:
+        raise RunError(f"reward.model {path} is no reward model: it has no score; train one with scripts/reward.py")
+    if tokenizer.get_vocab() != hub.load_tokenizer(model.path).get_vocab():
+        raise RunError(
+            f"reward.model {path} has another vocabulary than {model.path}; train it from the same checkpoint, or call "
+            "it in a reward function"
+        )
+    return learner._replace(frozen={**learner.frozen, "reward": own}), judge
+
+
+def scorer(learner: Learner, judge: Model | None) -> Callable[[Sequence[Sequence[int]]], list[float]] | None:
+    """Makes texts as token ids -> their scores by the run's reward model; None where there is none."""
+    if judge is None:
+        return None
+    variables = objectives.seen_as(learner.variables, "reward")
+    return lambda texts: score.texts(judge, variables, texts)
 
 
 def measure(

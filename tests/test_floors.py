@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"tree", "types", "config", "run", "report", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "rewards"},
-    {"hub", "objectives", "sample", "score", "tuning", "checkpoint"},
-    {"train", "results"},
-    {"session", "sections", "preflight"},
+    {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
+    {"train", "results", "actor"},
+    {"session", "sections", "preflight", "reinforce"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
 GROUND = {"report": {"run"}, "types": {"tree"}, "quant": {"tree"}, "run": set(), "config": set()}

@@ -18,7 +18,7 @@ from jaxsft.data.gaps import Masking, masking
 from jaxsft.data.info import Source, resolve
 from jaxsft.data.load import Config, Loaded, Report, cache, kind_of, load, records
 from jaxsft.data.pairs import LoadedPairs, PackedPairs, load_pairs, pairs_in_memory
-from jaxsft.data.questions import Comparison, Question, blanks, comparisons, questions
+from jaxsft.data.questions import Comparison, Question, blanks, comparisons, questions, said_last
 from jaxsft.data.render import Example, prompt_ids, render, render_text
 from jaxsft.data.rows import Bad, DataError, Row
 from jaxsft.data.script import How
@@ -87,6 +87,7 @@ __all__ = [
     "render",
     "render_text",
     "resolve",
+    "said_last",
     "scan",
     "steps_per_epoch",
     "with_template",
