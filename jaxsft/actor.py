@@ -66,7 +66,8 @@ def act(model: Model, tokenizer: Any, stop: Sequence[int], how: sample.Config, j
         start = time.perf_counter()
         found = write(variables, asked.ids, samples=samples, key=key)
         seconds = time.perf_counter() - start
-        repeated = Asked(*([one for one in part for _ in range(samples)] for part in asked))
+        again = lambda part: [one for one in part for _ in range(samples)]
+        repeated = Asked(again(asked.ids), again(asked.texts), again(asked.fields))
         texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in sample.answers(found)]
         answers = [sample.until(text, how.stop) for text in texts]
         written = zip(repeated.fields, sample.answers(found), strict=True)

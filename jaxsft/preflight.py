@@ -86,7 +86,8 @@ def over_rollouts(learning: Mapping[str, Any], *, answers: int, critic: str = ""
 
     def batch(rows: Callable[..., Any]) -> Rollouts:
         tokens = Tokens(*map(rows, (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
-        return Rollouts(*tokens, *(rows(jnp.float32) for _ in range(5)), rows(jnp.bool_, 1))
+        old, reference, advantage, value, returns = (rows(jnp.float32) for _ in range(5))
+        return Rollouts(*tokens, old, reference, advantage, value, returns, rows(jnp.bool_, 1))
 
     objective = lambda model, chunk: (policy(model, **learning, chunk=chunk), None)
     return Work(objective, batch, reference, critic=critic, answers=min(answers, sample.SLOTS))

@@ -55,7 +55,7 @@ def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, 
         rows.append(packing.fill([episodes[i] for i in here], length))
         names = np.array([*(told[i] for i in here), len(answers)], np.int32)
         numbers.append(names[rows[-1].segments - 1])  # padding has segment 0, and takes the last
-    return Packed(Tokens(*(np.stack(x) for x in zip(*rows, strict=True))), np.stack(numbers))
+    return Packed(jax.tree.map(lambda *x: np.stack(x), *rows), np.stack(numbers))
 
 
 def _episode(prompt: Sequence[int], answer: Sequence[int]) -> Example:

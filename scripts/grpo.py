@@ -51,7 +51,7 @@ def main(cfg: Config) -> None:
     _, shape = hub.read_config(hub.resolve(cfg.model.path))
     objectives.expect("causal", shape, cfg.data.max_length)
     g, temperature, new = cfg.grpo, cfg.rollout.temperature, cfg.rollout.max_new_tokens
-    learning = objectives.grpo_learning(g, max_new_tokens=new) | {"temperature": temperature}
+    learning = objectives.grpo_learning(g, max_new_tokens=new, temperature=temperature)
     if cfg.run.plan:
         work = preflight.over_rollouts(learning, answers=cfg.train.answers, reference=g.kl_coef > 0)
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train.step, cfg.mesh, cfg.data.max_length + new)

@@ -142,9 +142,8 @@ def assess(
             features = judge.features(texts, piece.tokens, piece.positions, piece.segments)
             score = jnp.roll(scores(texts, features), -1, axis=1)
         hold = lambda x, where: jnp.where(where, x, 0.0)
-        return Assessed(
-            *(hold(x, own.learned) for x in (own.logprobs, other, value)), hold(score, losses.last(own.learned))
-        )
+        old, other, value = (hold(x, own.learned) for x in (own.logprobs, other, value))
+        return Assessed(old, other, value, hold(score, losses.last(own.learned)))
 
     found = jax.lax.map(one, sharding.cut(tokens, pieces))
     return jax.lax.stop_gradient(sharding.join(found))

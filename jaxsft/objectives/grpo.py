@@ -80,7 +80,7 @@ class GRPO:
     """nats a token that the policy may drift from the one that drew, before the rest of an iteration is left out"""
 
 
-def learning(config: GRPO, *, max_new_tokens: int) -> dict[str, Any]:
+def learning(config: GRPO, *, max_new_tokens: int, temperature: float = 1.0) -> dict[str, Any]:
     """What `policy` is told of a configuration.
 
     Raises:
@@ -101,6 +101,7 @@ def learning(config: GRPO, *, max_new_tokens: int) -> dict[str, Any]:
         "bounds": {name: value for name, value in bounds.items() if value is not None},
         "aggregate": aggregate,
         "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
         "kl_coef": 0.0 if made.charges else c.kl_coef,
         "entropy_coef": c.entropy_coef,
     }

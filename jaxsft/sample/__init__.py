@@ -3,7 +3,7 @@
 from jaxsft.sample import stops
 from jaxsft.sample.ask import asker, filler
 from jaxsft.sample.draw import GREEDY, Config, Draw, pick
-from jaxsft.sample.generate import Samples, answers, generate
+from jaxsft.sample.generate import SLOTS, Samples, answers, generate
 from jaxsft.sample.loop import LENGTH, STOP_STRING, STOP_TOKEN
 from jaxsft.sample.stops import Strings
 from jaxsft.sample.stream import pieces, stream, until
@@ -11,6 +11,7 @@ from jaxsft.sample.stream import pieces, stream, until
 __all__ = [
     "GREEDY",
     "LENGTH",
+    "SLOTS",
     "STOP_STRING",
     "STOP_TOKEN",
     "Config",
