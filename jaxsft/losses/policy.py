@@ -196,8 +196,7 @@ def _log_ratio(logprobs, old, mask):
 def _clipped(log_ratio, advantages, mask, low, high, delta):
     known = lambda x: jnp.where(mask, x, 0.0).astype(jnp.float32)
     advantages, ratio = known(advantages), jnp.exp(jnp.minimum(log_ratio, LARGEST))
-    if delta is not None:
-        ratio = jnp.minimum(ratio, delta)
-    loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
+    most = ratio if delta is None else jnp.minimum(ratio, delta)
+    loss = -jnp.minimum(most * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
     beyond = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
     return Policy(known(loss), mask & beyond, known(ratio))

@@ -1,4 +1,4 @@
-"""What every registered preference loss keeps to."""
+"""What every registered loss keeps to."""
 
 import inspect
 import re
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft.losses import COUNTED, COUPLED, PREFERENCE, UNPAIRED, WITHOUT_REFERENCE, Scored
+from jaxsft.losses import COUNTED, COUPLED, POLICY, PREFERENCE, UNPAIRED, WITHOUT_REFERENCE, Scored
 
 N = 6
 NAMES = list(PREFERENCE)
@@ -124,3 +124,52 @@ def test_a_loss_without_reference_is_the_same_with_any(name, run):
     given = pairs()
     other = given._replace(ref_chosen=0 * given.chosen, ref_rejected=given.chosen)
     np.testing.assert_array_equal(run(name, given)[0], run(name, other)[0])
+
+
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 2, 2, 3, 3]])
+LEARNED = jnp.array([[1, 1, 0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 1, 0, 1, 0]]) > 0
+
+
+def policy(name):
+    """(logprobs, old, advantages) -> (loss, clipped, ratio), gradient of the losses' sum by logprobs."""
+
+    def total(logprobs, old, advantages):
+        found = POLICY[name](logprobs, old, advantages, LEARNED, SEGMENTS)
+        return found.loss.sum(), found
+
+    slope = jax.jit(jax.grad(total, has_aux=True))
+    return lambda *given: slope(*(jnp.asarray(x, jnp.float32) for x in given))[::-1]
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_a_policy_loss_names_its_paper_and_shows_an_example(name):
+    assert re.search(r"Source: .*?\d{4}.*arXiv:\d{4}\.\d{5}", inspect.getdoc(POLICY[name]), re.DOTALL)
+    assert ">>> " in inspect.getdoc(POLICY[name])
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_policy_losses_are_finite_and_nothing_leaks_through_the_mask(name):
+    run, random = policy(name), np.random.default_rng(0)
+    old, advantages = -random.exponential(size=SEGMENTS.shape), random.normal(size=SEGMENTS.shape)
+    far = old + random.choice([-1e4, -100.0, -1.0, 0.0, 0.1, 100.0, 1e4], SEGMENTS.shape)
+    for now in (old, far):
+        clean = run(now, old, advantages)
+        for bad in (np.nan, np.inf, -np.inf):
+            (loss, clipped, ratio), slope = found = run(*(np.where(LEARNED, x, bad) for x in (now, old, advantages)))
+            for array in (loss, clipped, ratio, slope):
+                assert array.shape == SEGMENTS.shape
+                assert np.isfinite(array).all()
+                assert not np.asarray(array)[~np.asarray(LEARNED)].any()
+            assert (loss.dtype, clipped.dtype, ratio.dtype) == (jnp.float32, bool, jnp.float32)
+            for array, expected in zip(jax.tree.leaves(found), jax.tree.leaves(clean), strict=True):
+                np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_a_policy_loss_makes_good_tokens_likelier_and_those_without_advantage_stay(name):
+    run, old = policy(name), np.full(SEGMENTS.shape, -1.0)
+    for advantage in (1.0, -1.0, 0.0):
+        _, slope = run(old, old, np.full(SEGMENTS.shape, advantage))
+        assert (np.sign(slope)[np.asarray(LEARNED)] == -np.sign(advantage)).all()
+    _, slope = run(old + 100, old, 0 * old)
+    assert not np.asarray(slope).any()

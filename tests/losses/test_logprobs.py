@@ -108,8 +108,15 @@ def test_large_logits_neither_overflow_nor_lose_the_target():
     np.testing.assert_allclose(lp, [[0.0, -2e4]])
 
 
-@pytest.mark.parametrize("trains", [(0,), (0, 1)])
-def test_no_buffer_grows_with_tokens_times_vocabulary(trains):
+@pytest.mark.parametrize(
+    ("found", "trains"),
+    [
+        (losses.logprobs, (0,)),
+        (losses.logprobs, (0, 1)),
+        (lambda *given, chunk: sum(losses.entropies(*given, chunk=chunk)), (0,)),
+    ],
+)
+def test_no_buffer_grows_with_tokens_times_vocabulary(found, trains):
     vocabulary, width, chunk = 32_000, 8, 32
 
     def temporary(length):
@@ -122,7 +129,7 @@ def test_no_buffer_grows_with_tokens_times_vocabulary(trains):
                 ((2, length), jnp.bool_),
             ]
         ]
-        total = lambda *given: losses.logprobs(*given, chunk=chunk).sum()
+        total = lambda *given: found(*given, chunk=chunk).sum()
         return jax.jit(jax.grad(total, trains)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(256), temporary(1024)
@@ -174,3 +181,89 @@ def test_scaled_and_capped_scores_have_the_values_and_gradients_of_the_whole_arr
     for name in trains:
         np.testing.assert_allclose(pulls[0][name], pulls[1][name], rtol=5e-6, atol=5e-6)
         assert float(jnp.abs(pulls[0][name]).max()) > 1e-2
+
+
+def plain(features, table, targets, mask, *, scale=1.0, soft_cap=None, temperature=1.0):
+    """(lp, entropy) with the whole [B, T, V] array."""
+    scores = scale * features @ table.T
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+    every = jax.nn.log_softmax(scores / temperature, axis=-1)
+    lp = jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, lp, 0.0), jnp.where(mask, -(jnp.exp(every) * every).sum(axis=-1), 0.0)
+
+
+BENT = [{}, {"temperature": 0.7}, {"scale": 3.0, "soft_cap": 1.5, "temperature": 2.0}]
+
+
+@pytest.mark.parametrize("bent", BENT, ids=str)
+@pytest.mark.parametrize("trains", [("features",), ("table",), ("features", "table")])
+def test_entropies_and_their_gradients_are_those_of_the_whole_array(trains, bent):
+    features, table, targets, weights = arrays()
+    mask = jnp.asarray(MASKS["an empty row"])
+    bad = jnp.where(mask[..., None], features, jnp.nan)  # what a masked token holds must not matter
+
+    def total(learned, found, features):
+        given = {"features": features, "table": table} | learned
+        lp, entropy = found(**given, targets=targets, mask=mask, **bent)
+        return (lp * weights + 3 * entropy * weights[::-1]).sum(), (lp, entropy)
+
+    grad = lambda found, features: jax.jit(jax.grad(lambda learned: total(learned, found, features), has_aux=True))(
+        {name: {"features": features, "table": table}[name] for name in trains}
+    )
+    ours, (lp, entropy) = grad(functools.partial(losses.entropies, chunk=6), bad)
+    theirs, expected = grad(plain, features)
+    np.testing.assert_allclose(lp, expected[0], atol=2e-6)
+    np.testing.assert_allclose(entropy, expected[1], atol=2e-6)
+    for name in trains:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+        assert float(jnp.abs(ours[name]).max()) > 1e-2
+
+
+@pytest.mark.parametrize("trains", [("features",), ("features", "table")])
+def test_an_entropy_that_is_only_shown_has_no_gradient_and_does_not_change_that_of_the_log_probability(trains):
+    features, table, targets, weights = arrays()
+    mask, given = jnp.asarray(MASKS["ragged"]), {"features": features, "table": table}
+
+    def total(learned, entropy):
+        lp, spread = losses.entropies(**(given | learned), targets=targets, mask=mask, chunk=6, learned=False)
+        return (lp * weights).sum() + entropy * spread.sum(), spread
+
+    learned = {name: given[name] for name in trains}
+    slopes, spread = jax.jit(jax.grad(total, has_aux=True))(learned, 3.0)
+    expected = pull(trains, 6, features, table, targets, mask, weights)[1]
+    np.testing.assert_allclose(spread, plain(features, table, targets, mask)[1], atol=2e-6)
+    for name in trains:
+        np.testing.assert_array_equal(slopes[name], expected[name])
+
+
+def test_a_table_that_makes_the_features_as_well_gets_both_gradients():
+    _, table, targets, weights = arrays()
+    mask, tokens = jnp.asarray(MASKS["ragged"]), targets[:, ::-1]
+    total = lambda found: (
+        lambda table: sum((x * weights).sum() for x in found(table[tokens] / 2, table, targets, mask, temperature=0.7))
+    )
+    ours, theirs = (jax.jit(jax.grad(total(found)))(table) for found in (losses.entropies, plain))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_entropy_is_never_negative_and_largest_where_all_is_as_likely():
+    features, table = jnp.array([[[0.0], [1.0], [1e4], [-1e4]]]), jnp.array([[1.0], [1.0 - 1e-7], [0.0], [-1.0]])
+    entropy = losses.entropies(features, table, jnp.zeros((1, 4), int), jnp.ones((1, 4), bool))[1]
+    assert (np.asarray(entropy) >= 0).all()
+    np.testing.assert_allclose(entropy[0, 0], np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(entropy[0, 3], 0.0, atol=1e-6)
+
+
+def test_a_temperature_is_that_of_a_softmax_over_divided_scores():
+    features, table, targets, _ = arrays()
+    mask = jnp.asarray(MASKS["ragged"])
+    lp = losses.logprobs(features, table, targets, mask, temperature=0.5)
+    np.testing.assert_allclose(lp, plain(features, 2 * table, targets, mask)[0], atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_nothing_can_be_divided_by_raises(temperature):
+    features, table, targets, _ = arrays()
+    for found in (losses.logprobs, losses.entropies):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}.*above 0"):
+            found(features, table, targets, jnp.asarray(MASKS["all"]), temperature=temperature)
