@@ -6,7 +6,7 @@ r"""GRPO and its kin: a policy answers each prompt several times, and learns to 
         --grpo.method dr_grpo
 
 Rows are {"prompt": ...}, or of another format of docs/data.md; their other columns go to the reward functions, see
-docs/rewards.md. docs/policy.md tells how the policy learns.
+docs/rewards.md. docs/reinforcement.md tells how the policy learns.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@
     python scripts/ppo.py --model.path runs/sft/merged --data.train prompts.jsonl --reward.functions '{my.py:f: 1}'
 
 Rows are {"prompt": ...}, or of another format of docs/data.md; their other columns go to the reward functions, see
-docs/rewards.md. docs/policy.md tells how the policy learns.
+docs/rewards.md. docs/reinforcement.md tells how the policy learns.
 """
 
 from dataclasses import dataclass
