@@ -56,6 +56,13 @@ def test_the_page_of_preferences_lists_every_loss():
     assert [name for name in [*losses.PREFERENCE, *losses.UNPAIRED] if f"`{name}`" not in page] == []
 
 
+def test_the_page_of_policies_lists_every_loss_type_as_it_is():
+    page = (DOCS / "policy.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | `{made.policy}` | `{made.aggregate}` |" for name, made in losses.LOSS_TYPES.items()]
+    rows += [f"| `{name}` |" for name in [*losses.POLICY, *losses.AGGREGATES]]
+    assert [row for row in rows if f"\n{row}" not in page] == []
+
+
 def test_the_page_of_models_is_the_registry_with_errors_that_were_measured():
     page = (DOCS / "models.md").read_text(encoding="utf-8")
     errors = model_table.measured(page)

@@ -110,8 +110,8 @@ def group(rewards: Float[Array, "G n"], *, scale: str = "group") -> Float[Array,
     Args:
       rewards: of n answers to each of G prompts; NaN where an answer has none. Such an answer counts nowhere and has
         advantage 0, and so has one that is alone in its group with a reward.
-      scale: what R - mean is divided by: the standard deviation of the "group"; of the "batch", all of G x n, as in
-        Magistral; or "none", as in Dr. GRPO, where questions that are nearly solved, or hardly, do not weigh more.
+      scale: what R - mean is divided by: the standard deviation of the "group"; of the "batch", all of G x n; or
+        "none", as in Dr. GRPO, where questions that are nearly solved, or hardly, do not weigh more.
 
     Returns:
       float32. A group whose rewards are all equal is exactly 0: it says nothing, and moves nothing.
@@ -124,7 +124,8 @@ def group(rewards: Float[Array, "G n"], *, scale: str = "group") -> Float[Array,
       >>> [round(x, 3) for x in found.ravel().tolist()]
       [0.707, -0.707, 0.0, 0.0, 0.0, 0.0]
 
-    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; "none": Liu et al. 2025, arXiv:2503.20783, section 3.1.
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; "batch": Liu et al. 2025, arXiv:2508.08221; "none": Liu
+    et al. 2025, arXiv:2503.20783, section 3.1.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale is {scale}; advantages are divided by the deviation of the group, the batch, or none")
