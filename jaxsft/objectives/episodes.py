@@ -72,6 +72,7 @@ def read(
     key: Key | None,
     *,
     temperature: float = 1.0,
+    learned_entropy: bool = False,
     chunk: int | None = None,
 ) -> Read:
     """Runs a policy over episodes.
@@ -81,13 +82,20 @@ def read(
       batch: the episodes.
       key: of dropout; None for none.
       temperature: that tokens are drawn at, which the distribution is of.
+      learned_entropy: has the entropy a gradient?
       chunk: see `losses.logprobs`.
     """
     targets, learned = losses.shift(batch.tokens, batch.mask, batch.segments)
     features, balance = model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
     bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
     lp, entropy = losses.entropies(
-        features, model.output(variables), targets, learned, temperature=temperature or 1.0, **bent
+        features,
+        model.output(variables),
+        targets,
+        learned,
+        temperature=temperature or 1.0,
+        learned=learned_entropy,
+        **bent,
     )
     return Read(lp, entropy, learned, features, balance)
 

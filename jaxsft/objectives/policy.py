@@ -55,7 +55,8 @@ def policy(
     surrogate = losses.surrogate(loss, **(bounds or {}))
 
     def objective(variables: Mapping, batch: Rollouts, key: Key | None) -> Sums:
-        found = read(model, policy_of(variables), batch, key, temperature=temperature, chunk=chunk)
+        how = {"temperature": temperature, "learned_entropy": bool(entropy_coef), "chunk": chunk}
+        found = read(model, policy_of(variables), batch, key, **how)
         learned, lp = found.learned, found.logprobs
         old = jnp.where(batch.fresh, jax.lax.stop_gradient(lp), batch.old)
         moved = surrogate(lp, old, batch.advantage, learned, batch.segments)
