@@ -279,6 +279,8 @@ def improve(
         **{name: float(value) for name, value in told.items()},
         **means,
         "updates": len(steps),
+        "rollout_seconds": episodes.seconds,
+        "update_seconds": seconds,
         "rollout_tokens_per_second": round(int(episodes.samples.lengths.sum()) / episodes.seconds, 1),
         "update_tokens_per_second": round(read * len(steps) / config.minibatches / seconds, 1),
     }
