@@ -126,8 +126,11 @@ def mesh_of(arrays: Any) -> Mesh | None:
       >>> mesh_of({"w": jax.numpy.zeros(2)}) is None
       True
     """
-    found = (x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array))
-    return next((where.mesh for where in found if isinstance(where, NamedSharding) and where.mesh.size > 1), None)
+    for x in jax.tree.leaves(arrays):
+        where = getattr(x, "sharding", None)
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
+            return where.mesh
+    return None
 
 
 def of(arrays: Any) -> Any:

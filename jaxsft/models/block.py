@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxsft.models import rope as rotary
-from jaxsft.models.attention import Where, attend
+from jaxsft.models.attention import Where, attend, recall
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm
 from jaxsft.models.model import Cache
 from jaxsft.models.moe import Mixture, MoE
@@ -69,6 +69,16 @@ class DecoderConfig:
             )
 
 
+def ropes_of(config: DecoderConfig) -> tuple[rotary.Rope, ...]:
+    """That of each layer."""
+    return config.ropes or (config.rope,) * config.layers
+
+
+def turns_late(config: DecoderConfig) -> bool:
+    """Whether a document's length decides how its tokens turn, so that a key turns anew as its document grows."""
+    return any(rope.kind in rotary.BY_LENGTH for rope in ropes_of(config))
+
+
 class Turn(NamedTuple):
     """Cosine and sine of the angles by which queries and keys turn; `slots` where the cache holds keys unturned."""
 
@@ -87,7 +97,7 @@ class Attention(nn.Module):
     out_init: Callable
 
     @nn.compact
-    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None, slots):
+    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None, keep: bool):
         c = self.config
         B, T, _ = x.shape
         dense = lambda name, n: Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
@@ -108,16 +118,16 @@ class Attention(nn.Module):
         sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.sinks else None
         how = {"sinks": sinks, "scale": c.attn_scale, "soft_cap": c.attn_soft_cap}
         q = rotary.rotate(q, *turn.tokens)
-        k = k if turn.slots else rotary.rotate(k, *turn.tokens)
+        turned = rotary.rotate(k, *turn.tokens)
         if cache is None:
-            out = attend(q, k, v, where, where, window, **how, ordered=True)
+            out = attend(q, turned, v, where, where, window, **how, ordered=True)
         else:
-            rows = jnp.arange(B)[:, None]
-            cache = Cache(cache.k.at[rows, where.positions].set(k), cache.v.at[rows, where.positions].set(v))
-            keys = rotary.rotate(cache.k, *turn.slots) if turn.slots else cache.k
-            out = attend(q, keys, cache.v, where, slots, window, **how)
+            keys = cache.k
+            if turn.slots is not None:
+                keys = jnp.moveaxis(rotary.rotate(jnp.moveaxis(keys, -1, 1), *turn.slots), 1, -1)
+            out = recall(q, turned, v, (keys, cache.v), where, window, **how)
         out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
-        return out, cache
+        return out, (k if turns_late(c) else turned, v) if keep else None
 
 
 class Block(nn.Module):
@@ -127,14 +137,14 @@ class Block(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None = None, slots: Where | None = None):
+    def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None = None, keep: bool = False):
         c = self.config
         # Residual outputs start smaller, so that the sum over layers does not (Radford et al. 2019, section 2.3).
         out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
         norm = lambda name, on: norm_of(c, name) if on else lambda x: x
         add = lambda x, y: x + y if c.residual_scale == 1 else x + c.residual_scale * y
         attn = Attention(c, self.lora_dropout, out_init, name="attn")
-        y, cache = attn(norm("attn_norm", c.pre_norm)(x), turn, where, window, cache, slots)
+        y, kept = attn(norm("attn_norm", c.pre_norm)(x), turn, where, window, cache, keep)
         x = add(x, norm("attn_post_norm", c.post_norm)(y))
         y, routing = norm("mlp_norm", c.pre_norm)(x), None
         if self.mixed and c.moe is not None:
@@ -143,4 +153,4 @@ class Block(nn.Module):
         else:
             make = functools.partial(GatedMLP, fused=c.fused) if c.gated else MLP
             y = make(c.mlp_hidden, c.activation, c.mlp_bias, self.lora_dropout, out_init, name="mlp")(y)
-        return add(x, norm("mlp_post_norm", c.post_norm)(y)), cache, routing
+        return add(x, norm("mlp_post_norm", c.post_norm)(y)), kept, routing

@@ -27,8 +27,8 @@ from jaxtyping import Array, Int
 from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import NO_WINDOW, Where
-from jaxsft.models.block import Block, DecoderConfig, Turn, norm_of
-from jaxsft.models.model import REMAT, Cache, Model, by_rows, span
+from jaxsft.models.block import Block, DecoderConfig, Turn, norm_of, ropes_of, turns_late
+from jaxsft.models.model import REMAT, Cache, Model, by_rows, span, write
 from jaxsft.models.moe import balance
 from jaxsft.tree import Tree
 from jaxsft.types import Key
@@ -95,19 +95,17 @@ def shares_prompts(config: "DecoderConfig | EncoderConfig") -> bool:
       >>> shares_prompts(make("default")), shares_prompts(make("dynamic"))
       (True, False)
     """
-    return isinstance(config, DecoderConfig) and not any(rope.kind in rotary.BY_LENGTH for rope in _ropes(config))
+    return isinstance(config, DecoderConfig) and not turns_late(config)
 
 
-def _ropes(config: DecoderConfig) -> tuple[rotary.Rope, ...]:
-    """That of each layer."""
-    return config.ropes or (config.rope,) * config.layers
+def _turns(config: DecoderConfig, where: Where, slots: int | None) -> tuple[Turn, Int[np.ndarray, "L"]]:
+    """The turn of each of K different ropes, stacked on a first axis, and which of them each layer has.
 
-
-def _turns(config: DecoderConfig, where: Where, slots: Where | None) -> tuple[Turn, Int[np.ndarray, "L"]]:
-    """The turn of each of K different ropes, stacked on a first axis, and which of them each layer has."""
-    ropes = _ropes(config)
+    slots: of a cache that the tokens go on from.
+    """
+    ropes = ropes_of(config)
     kinds = list(dict.fromkeys(ropes))
-    late = not shares_prompts(config)  # then a key turns anew as its document grows
+    late = turns_late(config)
     lengths = _lengths(where, slots is not None) if late else None
 
     def turn(rope: rotary.Rope) -> Turn:
@@ -118,7 +116,7 @@ def _turns(config: DecoderConfig, where: Where, slots: Where | None) -> tuple[Tu
         if slots is None or not late:
             return Turn(tokens)
         inverse = inverse if isinstance(inverse, np.ndarray) else inverse[:, :1]
-        places = jnp.broadcast_to(slots.positions, (len(where.positions), slots.positions.shape[1]))
+        places = jnp.broadcast_to(jnp.arange(slots), (len(where.positions), slots))
         return Turn(tokens, rotary.angles(places, inverse, size))
 
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *[turn(rope) for rope in kinds])
@@ -169,7 +167,14 @@ def build(
         mode = {"mode": "clip"} if cached else {"mode": "fill", "fill_value": jnp.nan}
         return x + embedding["positions"].at[positions].get(**mode).astype(dtype)
 
-    def run(variables: Mapping, tokens: Int[Array, "B T"], where: Where, cache: Cache | None, dropout: Key | None):
+    def run(
+        variables: Mapping,
+        tokens: Int[Array, "B T"],
+        where: Where,
+        cache: Cache | None = None,
+        keep: bool = False,
+        dropout: Key | None = None,
+    ):
         params = variables["params"]
         beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         if astray := set(beside["lora"]) - set(params["blocks"]):
@@ -177,21 +182,17 @@ def build(
                 f"the adapter has stacks {sorted(astray)}, the model {sorted(params['blocks'])}; cut alike"
             )
         low = variables.get("lora", {}).get("embed", {})
-        x = by_rows(embed(params["embed"], low, tokens, where.positions, cache is not None), mesh)
-        slots = None
-        if cache is not None:
-            S = cache.k.shape[2]
-            slots = Where(jnp.arange(S)[None], jnp.ones((1, S), jnp.int32))
-        turns, kind_of = _turns(config, where, slots)
+        x = by_rows(embed(params["embed"], low, tokens, where.positions, keep), mesh)
+        turns, kind_of = _turns(config, where, None if cache is None else cache.k.shape[-1])
 
         def layer(block: Block, x, inputs):
             weights, window, kind, old, key = inputs
             turn = jax.tree.map(lambda part: part[0] if len(part) == 1 else part[kind], turns)
             rngs = None if key is None else {"dropout": key}
-            x, *kept = cast(tuple, block.apply(weights, x, turn, where, window, old, slots, rngs=rngs))
+            x, *kept = cast(tuple, block.apply(weights, x, turn, where, window, old, keep, rngs=rngs))
             return x, kept
 
-        caches, routings = [], []
+        heads, routings = [], []
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)
             own = slice(layers.start, layers.stop)
@@ -201,21 +202,21 @@ def build(
             step = functools.partial(layer, blocks[config.moe is not None and layers.start not in config.moe.dense])
             step = step if remat == "none" else jax.checkpoint(step, policy=REMAT[remat])
             x, (new, routing) = jax.lax.scan(step, x, (weights, windows[own], kind_of[own], old, keys))
-            caches.append(new)
+            heads.append(new)
             routings += [] if routing is None else [routing]
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))
         last = None if dropout is None else jax.random.fold_in(dropout, config.layers)
         head = variables.get("lora", {}).get("head", {})
         x = adapter.widen(x, head, adapter.dropout(lora_dropout, last))
         join = lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        return x, None if cache is None else join(caches), join(routings) if routings else None
+        return x, join(heads) if keep else None, join(routings) if routings else None
 
     def learn(variables, tokens, positions=None, segments=None, dropout=None, reads=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
-        x, _, routing = run(variables, tokens, Where(positions, segments, reads), None, dropout)
+        x, _, routing = run(variables, tokens, Where(positions, segments, reads), dropout=dropout)
         return x, jnp.float32(0) if routing is None else balance(routing)
 
     def features(*args, **more):
@@ -231,12 +232,19 @@ def build(
         tied = config.tied and "head" not in params  # an adapter may have parted the two
         return adapter.wide(params["embed" if tied else "head"]["table"], variables.get("lora", {}).get("head", {}))
 
+    def read(variables, tokens, segments):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, new, _ = run(variables, tokens, Where(positions, segments), keep=True)
+        k, v = cast(tuple, new)
+        return x, Cache(jnp.moveaxis(k, 2, -1), jnp.moveaxis(v, 2, -2))
+
     def extend(variables, tokens, positions, cache):
-        x, cache, _ = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, None)
-        return x, cast(Cache, cache)
+        x, new, _ = run(variables, tokens, Where(positions, jnp.ones_like(tokens)), cache, keep=True)
+        k, v = cast(tuple, new)
+        return x, write(cache, k, v, positions)
 
     def empty(rows: int, slots: int) -> Cache:
-        shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        outer, H = (config.layers, rows, config.kv_heads), config.head_dim
+        return Cache(jnp.zeros((*outer, H, slots), dtype), jnp.zeros((*outer, slots, H), dtype))
 
-    return Model(config, functools.partial(_init, config), features, learn, output, extend, empty)
+    return Model(config, functools.partial(_init, config), features, learn, output, read, extend, empty)

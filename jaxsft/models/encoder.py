@@ -140,7 +140,7 @@ def build(
 
     Returns:
       the model. `output` copies the embedding, to put the bias beside it: V x D numbers more while a step runs.
-      `extend` and `cache` raise.
+      `read`, `extend` and `cache` raise.
 
     Raises:
       ValueError: an unknown remat policy.
@@ -209,4 +209,4 @@ def build(
     def learn(*args, **more):
         return features(*args, **more), jnp.float32(0)
 
-    return Model(config, functools.partial(_init, config), features, learn, output, _no_cache, _no_cache)
+    return Model(config, functools.partial(_init, config), features, learn, output, _no_cache, _no_cache, _no_cache)

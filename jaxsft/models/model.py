@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxsft.tree import Tree
 from jaxsft.types import Key
@@ -28,10 +28,14 @@ REMAT: dict[str, Callable | None] = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far; slot s of a row holds its token at position s."""
+    """Keys and values of what was read so far; slot s of a row holds its token at position s.
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    They lie as they are multiplied, each with what it is not summed over at its end: otherwise a CPU copies the whole
+    cache for every token, and is six times as slow.
+    """
+
+    k: Float[Array, "L B K H S"]
+    v: Float[Array, "L B K S H"]
 
 
 class Model(NamedTuple):
@@ -48,8 +52,26 @@ class Model(NamedTuple):
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None, reads=None)
     learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
     output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features, or raises
-    extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache)
+    read: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, segments) -> also a cache of T slots
+    extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache), see `write`
     cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
+
+
+def write(
+    cache: Cache, k: Float[Array, "L B T K H"], v: Float[Array, "L B T K H"], positions: Int[Array, "B T"]
+) -> Cache:
+    """Puts the keys and values of tokens into the slots of their positions.
+
+    Example:
+      >>> new = jnp.ones((1, 1, 1, 1, 2))
+      >>> write(Cache(jnp.zeros((1, 1, 1, 2, 3)), jnp.zeros((1, 1, 1, 3, 2))), new, new, jnp.array([[1]])).v[0, 0, 0]
+      Array([[0., 0.],
+             [1., 1.],
+             [0., 0.]], dtype=float32)
+    """
+    rows = jnp.arange(len(positions))[:, None]
+    first = lambda x: jnp.moveaxis(x, 0, 2)  # B T L K H
+    return Cache(cache.k.at[:, rows, :, :, positions].set(first(k)), cache.v.at[:, rows, :, positions].set(first(v)))
 
 
 def logits(model: Model, variables: Mapping, features: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

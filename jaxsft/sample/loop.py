@@ -125,29 +125,23 @@ def _vocabulary(model: Model, variables: Mapping) -> int:
 
 def _reader(model: Model, variables: Mapping, job: Job, shape: Shape) -> Callable[[_Pool], _Pool]:
     """Makes pool -> the pool with the next prompts."""
-    P, R = job.tokens.shape[1], shape.pool
+    R = shape.pool
 
     def read(pool: _Pool) -> _Pool:
         tokens = jax.lax.dynamic_slice_in_dim(job.tokens, pool.until, R)
         lengths = jax.lax.dynamic_slice_in_dim(job.lengths, pool.until, R)
-        scores, cache = prefill(model, variables, tokens, lengths, P)
+        scores, cache = prefill(model, variables, tokens, lengths)
         return _Pool(cache, scores, pool.until + R)
 
     return read
 
 
 def prefill(
-    model: Model, variables: Mapping, tokens: Int[Array, "R P"], lengths: Int[Array, "R"], slots: int
+    model: Model, variables: Mapping, tokens: Int[Array, "R P"], lengths: Int[Array, "R"]
 ) -> tuple[Float[Array, "R V"], Cache]:
-    """Reads prompts into a new cache; gives the scores of what follows each.
-
-    What fills up a row stands at positions that the cache does not have, so that it is nowhere written, and that are
-    negative, so that it does not count where a document's length decides how its tokens turn.
-    """
+    """Reads prompts; gives the scores of what follows each, and what is remembered of them."""
     R, P = tokens.shape
-    places = jnp.broadcast_to(jnp.arange(P), (R, P))
-    places = jnp.where(places < lengths[:, None], places, -2 * slots)
-    features, cache = model.extend(variables, tokens, places, model.cache(R, slots))
+    features, cache = model.read(variables, tokens, (jnp.arange(P) < lengths[:, None]).astype(jnp.int32))
     last = features[jnp.arange(R), lengths - 1][:, None]
     return logits(model, variables, last)[:, 0], cache
 

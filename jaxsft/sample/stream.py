@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from jaxsft.models import Model
+from jaxsft.models import Cache, Model
 from jaxsft.sample import loop
 from jaxsft.sample.draw import GREEDY, Draw, pick
 from jaxsft.sample.generate import align, bucket, needed
@@ -38,7 +39,7 @@ def stream(
     """
     tokens, lengths = align(model, variables, [prompt], max_new_tokens)
     key, state = jax.random.fold_in(needed(key, draw), 0), 0
-    scores, cache = _prefill(model, variables, tokens, lengths, tokens.shape[1] + bucket(max_new_tokens))
+    scores, cache = _prefill(model, variables, tokens, lengths, bucket(max_new_tokens))
     seen = None
     if draw.repetition_penalty != 1:
         seen = jnp.zeros(scores.shape, bool).at[0, np.array(prompt)].set(True)
@@ -98,7 +99,13 @@ def _begun(text: str, string: str) -> int:
     return next(size for size in range(len(string) - 1, -1, -1) if text.endswith(string[:size]))
 
 
-_prefill = functools.partial(jax.jit, static_argnums=(0, 4))(loop.prefill)
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _prefill(model: Model, variables: Mapping, tokens: Array, lengths: Array, new: int) -> tuple[Array, Cache]:
+    scores, (k, v) = loop.prefill(model, variables, tokens, lengths)
+    room = lambda x, axis: jnp.pad(x, [(0, new if i == axis else 0) for i in range(x.ndim)])
+    return scores, Cache(room(k, 4), room(v, 3))
+
+
 _extend = functools.partial(jax.jit, static_argnums=0, donate_argnums=4)(loop.extend)
 
 
