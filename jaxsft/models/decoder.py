@@ -232,8 +232,7 @@ def build(
         tied = config.tied and "head" not in params  # an adapter may have parted the two
         return adapter.wide(params["embed" if tied else "head"]["table"], variables.get("lora", {}).get("head", {}))
 
-    def read(variables, tokens, segments):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    def read(variables, tokens, positions, segments):
         x, new, _ = run(variables, tokens, Where(positions, segments), keep=True)
         k, v = cast(tuple, new)
         return x, Cache(jnp.moveaxis(k, 2, -1), jnp.moveaxis(v, 2, -2))

@@ -44,7 +44,7 @@ class Model(NamedTuple):
     variables is {"params": ..., "lora": ..., "packed": ...}: the second only with an adapter, the third only where
     kernels are packed (`quant`) instead of being parameters. Where an adapter is on the output layer, features and
     table are wider than D by its rank (see `adapter.widen`). `reads` is, for rows of pairs, the segment that each token
-    sees beside its own (`types.reads`).
+    sees beside its own (`types.reads`). `read` gives features and a cache with a slot for each place of a row.
     """
 
     config: "DecoderConfig | EncoderConfig"
@@ -52,7 +52,7 @@ class Model(NamedTuple):
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None, reads=None)
     learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
     output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features, or raises
-    read: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, segments) -> also a cache of T slots
+    read: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, segments)
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache), see `write`
     cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
 

@@ -12,11 +12,11 @@ from jaxsft.models import Model
 from jaxsft.sample import loop
 from jaxsft.sample.draw import GREEDY, Draw
 from jaxsft.sample.loop import STOP_TOKEN, Job, Shape
+from jaxsft.sample.queue import pack
 from jaxsft.sample.stops import Strings
 from jaxsft.types import Key
 
 SLOTS = 64  # answers in progress at one time, unless it is said
-READ = 4096  # tokens of prompts that are read at one time: enough to fill a device, few enough to lie beside the cache
 
 
 class Samples(NamedTuple):
@@ -77,23 +77,22 @@ def generate(
       >>> found.tokens.shape, found.lengths.tolist()
       ((2, 4), [4, 4])
     """
-    answers = len(prompts) * samples
-    mesh = sharding.mesh_of(variables)
+    count, mesh = len(prompts) * samples, sharding.mesh_of(variables)
     apart = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    tokens, lengths = align(model, variables, prompts, max_new_tokens)
-    held = _up(min(answers, slots or SLOTS), apart)
-    pool = _up(min(-(-held // samples), -(-READ // tokens.shape[1])), apart)
-    rows = _up(len(prompts), pool) - len(prompts)
-    tokens, lengths = np.pad(tokens, ((0, rows), (0, 0))), np.pad(lengths, (0, rows), constant_values=1)
-    numbers = np.arange(answers) if seeds is None else np.asarray(seeds)
-    if numbers.shape != (answers,):
-        raise ValueError(f"there are {answers} answers and seeds of shape {numbers.shape}; give one for each answer")
-    numbers = np.pad(numbers, (0, rows * samples)).astype(np.uint32)
+    width = check(model, variables, prompts, max_new_tokens)
+    numbers = np.arange(count) if seeds is None else np.asarray(seeds)
+    if numbers.shape != (count,):
+        raise ValueError(f"there are {count} answers and seeds of shape {numbers.shape}; give one for each answer")
+    held = min(count, slots or SLOTS)
+    pool = -(-held // samples)
+    queue = pack(prompts, width=width, most=pool, apart=apart)
+    numbers = np.pad(numbers, (0, len(queue.rows) * samples - count)).astype(np.uint32)
     table = None if strings is None else strings.table
-    job = Job(tokens, lengths, np.array(len(prompts), np.int32), needed(key, draw), numbers, table)
-    shape = Shape(max_new_tokens, samples, held, pool, draw, tuple(sorted(set(stop))), mesh)
+    job = Job(queue, np.array(len(prompts), np.int32), needed(key, draw), numbers, table)
+    held = -(-held // apart) * apart
+    shape = Shape(width, max_new_tokens, samples, held, pool, draw, tuple(sorted(set(stop))), mesh)
     out = loop.run(model, variables, job, shape)
-    return Samples(*(sharding.to_host(x)[:answers] for x in out))
+    return Samples(*(sharding.to_host(x)[:count] for x in out))
 
 
 def answers(found: Samples) -> list[list[int]]:
@@ -115,10 +114,8 @@ def needed(key: Key | None, draw: Draw) -> Key:
     return jax.random.key(0) if key is None else key
 
 
-def align(
-    model: Model, variables: Mapping, prompts: Sequence[Sequence[int]], new: int
-) -> tuple[Int[np.ndarray, "N P"], Int[np.ndarray, "N"]]:
-    """Prompts below each other, on the left; their width is rounded up, so that few programs are compiled."""
+def check(model: Model, variables: Mapping, prompts: Sequence[Sequence[int]], new: int) -> int:
+    """The width of the longest prompt, rounded up; refuses what cannot be answered."""
     if not len(prompts) or not all(len(p) for p in prompts):
         raise ValueError(
             "every prompt needs at least one token; an empty one can start with the model's bos or eos token"
@@ -134,16 +131,15 @@ def align(
         raise ValueError(
             f"a prompt has the token {largest}, and the model {rows} tokens; give it the tokenizer it was made with"
         )
-    tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, np.array([len(p) for p in prompts], np.int32)
+    return bucket(longest)
 
 
 def bucket(n: int) -> int:
-    """The next power of two, 16 at least."""
-    return max(16, 1 << (n - 1).bit_length())
+    """The next number of 16, 24, 32, 48, 64, 96, ...: few, so that few programs are compiled.
 
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    Example:
+      >>> [bucket(n) for n in (1, 17, 25, 48, 49)]
+      [16, 24, 32, 48, 64]
+    """
+    power = max(16, 1 << (n - 1).bit_length())
+    return power * 3 // 4 if power > 16 and n <= power * 3 // 4 else power

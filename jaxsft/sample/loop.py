@@ -12,16 +12,17 @@ Draws depend on the key, an answer's number and a token's, never on slots or on 
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft.models import Cache, Model, logits
 from jaxsft.sample.draw import Draw, first, pick
+from jaxsft.sample.queue import Queue
 from jaxsft.types import Key
 
 LENGTH, STOP_TOKEN, STOP_STRING = 0, 1, 2  # why an answer ended
@@ -29,10 +30,9 @@ ROWS = ("data", "fsdp")  # the axes that share out slots
 
 
 class Job(NamedTuple):
-    """What is asked: prompts, left-aligned, and how many of them are real."""
+    """What is asked: prompts, how many of them are real, and how answers are drawn and end."""
 
-    tokens: Int[Array | np.ndarray, "N P"]
-    lengths: Int[Array | np.ndarray, "N"]
+    queue: Queue
     count: Int[Array | np.ndarray, ""]
     key: Key
     seeds: Int[Array | np.ndarray, "A"]  # of each answer
@@ -42,10 +42,11 @@ class Job(NamedTuple):
 class Shape(NamedTuple):
     """The numbers that decide what is compiled."""
 
+    width: int  # that no prompt exceeds
     new: int  # the most tokens of an answer
     samples: int  # answers to a prompt
     slots: int  # answers in progress at one time
-    pool: int  # prompts that are read at one time
+    pool: int  # the most prompts of a piece of the queue
     draw: Draw
     stop: tuple[int, ...]
     mesh: Mesh | None
@@ -61,9 +62,13 @@ class Out(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    cache: Cache  # of the prompts until - R to until - 1
-    scores: Float[Array, "R V"]  # of each one's first new token
-    until: Int[Array, ""]
+    """A piece of the queue that was read."""
+
+    cache: Cache  # of its rows
+    scores: Float[Array, "M V"]  # of the first new token of each of its prompts
+    first: Int[Array, ""]  # of its prompts
+    until: Int[Array, ""]  # the first prompt behind it
+    pieces: Int[Array, ""]  # that were read so far
 
 
 class _Slots(NamedTuple):
@@ -78,8 +83,7 @@ class _Slots(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(model: Model, variables: Mapping, job: Job, shape: Shape) -> Out:
     """Answers all prompts; one program for all jobs of the same shape."""
-    N, P = job.tokens.shape
-    A = N * shape.samples
+    A = len(job.seeds)
     read, take, advance = (
         _reader(model, variables, job, shape),
         _taker(job, shape),
@@ -110,12 +114,15 @@ def run(model: Model, variables: Mapping, job: Job, shape: Shape) -> Out:
 
     scores = lambda rows: jnp.zeros((rows, _vocabulary(model, variables)), jnp.float32)
     B, zeros = shape.slots, jnp.zeros(shape.slots, jnp.int32)
-    pool = _Pool(model.cache(shape.pool, P), scores(shape.pool), jnp.int32(0))
-    seen = None if shape.draw.repetition_penalty == 1 else scores(B) > 0
-    slots = _Slots(zeros + A, zeros, scores(B), model.cache(B, P + shape.new), seen, zeros)
+    _, R, W = job.queue.tokens.shape
+    zero = jnp.int32(0)
+    pool = _Pool(_lay(model.cache(R, W + shape.width), shape.mesh), scores(shape.pool), zero, zero, zero)
+    first, cache = _lay((scores(B), model.cache(B, shape.width + shape.new)), shape.mesh)
+    seen = None if shape.draw.repetition_penalty == 1 else first > 0
+    slots = _Slots(zeros + A, zeros, first, cache, seen, zeros)
     table = lambda dtype: jnp.zeros((A, shape.new), dtype)
     out = Out(table(jnp.int32), table(jnp.float32), jnp.zeros(A, jnp.int32), jnp.zeros(A, jnp.int32))
-    *_, out = jax.lax.while_loop(go_on, step, (jnp.int32(0), pool, slots, out))
+    *_, out = jax.lax.while_loop(go_on, step, (zero, pool, slots, out))
     return out
 
 
@@ -123,27 +130,57 @@ def _vocabulary(model: Model, variables: Mapping) -> int:
     return jax.eval_shape(model.output, variables).shape[0]
 
 
+def _lay(x: Any, mesh: Mesh | None) -> Any:
+    """Says how scores [rows, V] and caches lie: rows over `ROWS`, heads over "tensor"."""
+
+    def one(x: Array) -> Array:
+        if mesh is None:
+            return x
+        heads = "tensor" if x.ndim > 2 and x.shape[2] % mesh.shape["tensor"] == 0 else None
+        spec = PartitionSpec(None, ROWS, heads) if x.ndim > 2 else PartitionSpec(ROWS)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, x)
+
+
 def _reader(model: Model, variables: Mapping, job: Job, shape: Shape) -> Callable[[_Pool], _Pool]:
-    """Makes pool -> the pool with the next prompts."""
-    R = shape.pool
+    """Makes pool -> the next piece of the queue."""
+    queue = job.queue
 
     def read(pool: _Pool) -> _Pool:
-        tokens = jax.lax.dynamic_slice_in_dim(job.tokens, pool.until, R)
-        lengths = jax.lax.dynamic_slice_in_dim(job.lengths, pool.until, R)
-        scores, cache = prefill(model, variables, tokens, lengths)
-        return _Pool(cache, scores, pool.until + R)
+        tokens, positions, segments = (x[pool.pieces] for x in (queue.tokens, queue.positions, queue.segments))
+        numbers = jnp.minimum(pool.until + jnp.arange(shape.pool), len(queue.rows) - 1)
+        ends = queue.rows[numbers], queue.starts[numbers] + queue.lengths[numbers] - 1
+        scores, cache = prefill(model, variables, tokens, positions, segments, ends, room=shape.width)
+        return _Pool(_lay(cache, shape.mesh), scores, pool.until, queue.until[pool.pieces], pool.pieces + 1)
 
     return read
 
 
 def prefill(
-    model: Model, variables: Mapping, tokens: Int[Array, "R P"], lengths: Int[Array, "R"]
-) -> tuple[Float[Array, "R V"], Cache]:
-    """Reads prompts; gives the scores of what follows each, and what is remembered of them."""
-    R, P = tokens.shape
-    features, cache = model.read(variables, tokens, (jnp.arange(P) < lengths[:, None]).astype(jnp.int32))
-    last = features[jnp.arange(R), lengths - 1][:, None]
-    return logits(model, variables, last)[:, 0], cache
+    model: Model,
+    variables: Mapping,
+    tokens: Int[Array, "R W"],
+    positions: Int[Array, "R W"],
+    segments: Int[Array, "R W"],
+    ends: tuple[Int[Array, "M"], Int[Array, "M"]],
+    *,
+    room: int,
+) -> tuple[Float[Array, "M V"], Cache]:
+    """Reads prompts.
+
+    Args:
+      model, variables: see `generate`.
+      tokens, positions, segments: packed rows.
+      ends: row and place of the last token of each prompt.
+      room: slots behind those of the rows.
+
+    Returns:
+      the scores of what follows each prompt, and what is remembered of the rows.
+    """
+    features, cache = model.read(variables, tokens, positions, segments)
+    wider = lambda x, axis: jnp.pad(x, [(0, room * (i == axis)) for i in range(x.ndim)])
+    return logits(model, variables, features[ends][:, None])[:, 0], Cache(wider(cache.k, 4), wider(cache.v, 3))
 
 
 def extend(
@@ -156,23 +193,30 @@ def extend(
 
 def _taker(job: Job, shape: Shape) -> Callable[[Int[Array, ""], _Pool, _Slots], _Slots]:
     """Makes (answer, pool, slots) -> the slots, of which a free one has begun that answer."""
-    P = job.tokens.shape[1]
+    queue, P = job.queue, shape.width
 
     def take(answer: Int[Array, ""], pool: _Pool, slots: _Slots) -> _Slots:
         slot = first((slots.answer >= len(job.seeds))[None])[0]
         prompt = answer // shape.samples
-        row = prompt - (pool.until - len(pool.scores))
         put = lambda whole, part, axis: jax.lax.dynamic_update_slice_in_dim(whole, part, slot, axis)
-        cut = lambda whole, axis: jax.lax.dynamic_slice_in_dim(whole, row, 1, axis)
+
+        def cut(whole: Array, axis: int) -> Array:
+            row = jnp.take(whole, queue.rows[prompt][None], axis=1)
+            return jax.lax.dynamic_slice_in_dim(row, queue.starts[prompt], P, axis)
+
+        k, v = put(slots.cache.k, cut(pool.cache.k, 4), 1), put(slots.cache.v, cut(pool.cache.v, 3), 1)
         seen = slots.seen
         if seen is not None:
-            there = jnp.where(jnp.arange(P) < job.lengths[prompt], job.tokens[prompt], seen.shape[1])
+            piece = jax.lax.dynamic_index_in_dim(queue.tokens, pool.pieces - 1, keepdims=False)
+            there = jnp.pad(piece[queue.rows[prompt]], (0, P))
+            there = jax.lax.dynamic_slice_in_dim(there, queue.starts[prompt], P)
+            there = jnp.where(jnp.arange(P) < queue.lengths[prompt], there, seen.shape[1])
             seen = put(seen, jnp.zeros((1, seen.shape[1]), bool).at[0, there].set(True, mode="drop"), 0)
         return _Slots(
             answer=slots.answer.at[slot].set(answer),
             drawn=slots.drawn.at[slot].set(0),
-            scores=put(slots.scores, cut(pool.scores, 0), 0),
-            cache=jax.tree.map(lambda whole, part: put(whole, cut(part, 1), 1), slots.cache, pool.cache),
+            scores=put(slots.scores, pool.scores[prompt - pool.first][None], 0),
+            cache=Cache(k, v),
             seen=seen,
             state=slots.state.at[slot].set(0),
         )
@@ -196,8 +240,8 @@ def _advancer(model: Model, variables: Mapping, job: Job, shape: Shape) -> Calla
             out.lengths.at[slots.answer].set(slots.drawn + 1, mode="drop"),
             out.finish.at[slots.answer].set(finish, mode="drop"),
         )
-        positions = job.lengths[slots.answer // shape.samples] + slots.drawn
-        scores, cache = extend(model, variables, token, positions, slots.cache)
+        positions = job.queue.lengths[slots.answer // shape.samples] + slots.drawn
+        scores, cache = _lay(extend(model, variables, token, positions, slots.cache), shape.mesh)
         seen = slots.seen
         if seen is not None:
             seen = seen.at[jnp.arange(len(token)), token].set(True)

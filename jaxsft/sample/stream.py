@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxsft.models import Cache, Model
 from jaxsft.sample import loop
 from jaxsft.sample.draw import GREEDY, Draw, pick
-from jaxsft.sample.generate import align, bucket, needed
+from jaxsft.sample.generate import bucket, check, needed
 from jaxsft.sample.stops import Strings
 from jaxsft.types import Key
 
@@ -37,9 +37,10 @@ def stream(
       >>> len(list(stream(model, {"params": params}, [5, 6], max_new_tokens=3)))
       3
     """
-    tokens, lengths = align(model, variables, [prompt], max_new_tokens)
+    width = check(model, variables, [prompt], max_new_tokens)
+    tokens = np.pad(np.array([prompt], np.int32), ((0, 0), (0, width - len(prompt))))
     key, state = jax.random.fold_in(needed(key, draw), 0), 0
-    scores, cache = _prefill(model, variables, tokens, lengths, bucket(max_new_tokens))
+    scores, cache = _prefill(model, variables, tokens, np.array([len(prompt)]), bucket(max_new_tokens))
     seen = None
     if draw.repetition_penalty != 1:
         seen = jnp.zeros(scores.shape, bool).at[0, np.array(prompt)].set(True)
@@ -53,7 +54,7 @@ def stream(
             state = int(strings.table[state, chosen])
         if state < 0 or i + 1 == max_new_tokens:
             return
-        scores, cache = _extend(model, variables, token, lengths + i, cache)
+        scores, cache = _extend(model, variables, token, np.array([len(prompt) + i]), cache)
 
 
 def pieces(tokenizer, tokens: Iterator[int], strings: Sequence[str] = ()) -> Iterator[str]:
@@ -100,10 +101,10 @@ def _begun(text: str, string: str) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(model: Model, variables: Mapping, tokens: Array, lengths: Array, new: int) -> tuple[Array, Cache]:
-    scores, (k, v) = loop.prefill(model, variables, tokens, lengths)
-    room = lambda x, axis: jnp.pad(x, [(0, new if i == axis else 0) for i in range(x.ndim)])
-    return scores, Cache(room(k, 4), room(v, 3))
+def _prefill(model: Model, variables: Mapping, tokens: Array, lengths: Array, room: int) -> tuple[Array, Cache]:
+    places = jnp.arange(tokens.shape[1])[None]
+    segments = (places < lengths[:, None]).astype(jnp.int32)
+    return loop.prefill(model, variables, tokens, places, segments, (jnp.zeros(1, int), lengths - 1), room=room)
 
 
 _extend = functools.partial(jax.jit, static_argnums=0, donate_argnums=4)(loop.extend)

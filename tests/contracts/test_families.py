@@ -252,7 +252,7 @@ def test_an_encoder_sees_both_sides_and_does_not_generate(kind, built):
     ids = np.arange(9, dtype=np.int32)[None] * 7 % 64
     first, other = (model.features({"params": params}, row)[0] for row in (ids, np.where(ids == ids[0, 8], 1, ids)))
     assert np.abs(first[0] - other[0]).max() > 1e-4
-    asks = lambda: model.cache(1, 16), lambda: model.read({"params": params}, ids, ids)
+    asks = lambda: model.cache(1, 16), lambda: model.read({"params": params}, ids, ids, ids)
     for ask in (*asks, lambda: model.extend({"params": params}, ids, ids, None)):
         with pytest.raises(ValueError, match="an encoder does not generate"):
             ask()
