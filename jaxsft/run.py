@@ -22,6 +22,8 @@ WRITTEN = (
     "metrics.png",
     "calibration.png",
     "samples.jsonl",
+    "generated_predictions.jsonl",
+    "generation.json",
     "checkpoints",
     "adapter",
     "merged",

@@ -4,19 +4,22 @@
     python scripts/chat.py --model BASE --adapter runs/quickstart/adapter --sample.temperature 0.7
     python scripts/chat.py --model BASE --adapters '{calm: runs/a/adapter, wild: runs/b/adapter}'
     python scripts/chat.py --config configs/chat.yaml --ask "Who are you?"
+    python scripts/chat.py --model BASE --ask "Count to ten." --sample.stop '["five"]'
 
 An empty line or Ctrl-D ends the talk; /new forgets it and begins another. With several adapters, of which the first one
 answers at first, /use wild lets another one answer, and /use base the model without any; the talk goes on.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxsft import config, data, hub, lora, run, sample, sections
+from jaxsft import config, data, hub, models, run, sample, sections, voice
+from jaxsft.voice import Voice
 
 
 @dataclass(frozen=True)
@@ -44,42 +47,21 @@ class Config:
     sample: sections.Sample = sections.Sample()
 
 
-class Voice(NamedTuple):
-    """Who answers: variables, and the tokenizer with the chat template that was taught."""
-
-    variables: dict
-    tokenizer: Any
-    stop: tuple[int, ...]
-    strings: sample.Strings | None
-
-
-def voices(cfg: Config, model, base: dict) -> dict[str, Voice]:
+def voices(cfg: Config, model: models.Model, base: Mapping) -> dict[str, Voice]:
     """The base, and each adapter on it, by name; the base's arrays are there once."""
     if cfg.adapter and cfg.adapters:
         raise run.RunError("give either adapter, one folder, or adapters, {name: folder}")
     if "base" in cfg.adapters:
         raise run.RunError("an adapter cannot be called base, which means none; give it another name")
-    family, _ = hub.read_config(hub.resolve(cfg.model))
-    found = {}
-    for name, folder in {**({"adapter": cfg.adapter} if cfg.adapter else cfg.adapters), "base": ""}.items():
-        variables = base
-        if folder:
-            adapter = hub.load_adapter(folder, hub.on_disk(cfg.model), family=family, config=model.config)
-            if "score" in adapter.params:
-                raise run.RunError(f"{folder} is the adapter of a reward model, which scores texts and writes none")
-            variables = base | jax.tree.map(jnp.asarray, lora.attach(base["params"], adapter))
-        template = cfg.template or (hub.adapter_template(folder) if folder else "")
-        tokenizer = hub.adapter_tokenizer(folder, cfg.model) if folder else hub.load_tokenizer(cfg.model)
-        tokenizer = data.with_template(tokenizer, template)
-        strings = sample.stops.compile(cfg.sample.stop, tokenizer)
-        found[name] = Voice(variables, tokenizer, hub.stop_tokens(cfg.model, tokenizer), strings)
-    return found
+    folders = {**({"adapter": cfg.adapter} if cfg.adapter else cfg.adapters), "base": ""}
+    how = {"template": cfg.template, "strings": cfg.sample.stop}
+    return {name: voice.load(cfg.model, model, base, adapter=folder, **how) for name, folder in folders.items()}
 
 
 def main(cfg: Config) -> None:
     model, base = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
     known = voices(cfg, model, base)
-    voice = next(iter(known.values()))
+    who = next(iter(known.values()))
     first = [data.Message("system", cfg.system)] if cfg.system else []
     messages, turn = list(first), 0
     while True:
@@ -94,22 +76,22 @@ def main(cfg: Config) -> None:
             continue
         command, _, name = said.partition(" ")
         if command == "/use":
-            voice = known.get(name, voice)
+            who = known.get(name, who)
             print(f"{name} answers" if name in known else f"there is no {name!r}; there are {', '.join(known)}")
             continue
         messages.append(data.Message("user", said))
         tokens = sample.stream(
             model,
-            voice.variables,
-            data.prompt_ids(messages, voice.tokenizer),
+            who.variables,
+            data.prompt_ids(messages, who.tokenizer),
             max_new_tokens=cfg.sample.max_new_tokens,
             draw=cfg.sample.draw,
-            stop=voice.stop,
-            strings=voice.strings,
+            stop=who.stop,
+            strings=who.strings,
             key=jax.random.fold_in(jax.random.key(cfg.sample.seed), turn),
         )
         answer = ""
-        for piece in sample.pieces(voice.tokenizer, tokens, cfg.sample.stop):
+        for piece in sample.pieces(who.tokenizer, tokens, cfg.sample.stop):
             print(piece, end="", flush=True)
             answer += piece
         print()

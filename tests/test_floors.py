@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
     {"tree", "types", "config", "run", "report", "quant"},
-    {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "rewards"},
+    {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "rewards"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
-    {"train", "results", "actor"},
+    {"train", "results", "actor", "voice"},
     {"session", "sections", "preflight", "reinforce"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.

@@ -3,10 +3,10 @@
 from jaxsft.sample import stops
 from jaxsft.sample.ask import asker, filler
 from jaxsft.sample.draw import GREEDY, Config, Draw, pick
-from jaxsft.sample.generate import SLOTS, Samples, answers, generate
+from jaxsft.sample.generate import SLOTS, Samples, answers, check, generate, texts
 from jaxsft.sample.loop import LENGTH, STOP_STRING, STOP_TOKEN
-from jaxsft.sample.stops import Strings
-from jaxsft.sample.stream import pieces, stream, until
+from jaxsft.sample.stops import Strings, until
+from jaxsft.sample.stream import pieces, stream
 
 __all__ = [
     "GREEDY",
@@ -20,11 +20,13 @@ __all__ = [
     "Strings",
     "answers",
     "asker",
+    "check",
     "filler",
     "generate",
     "pick",
     "pieces",
     "stops",
     "stream",
+    "texts",
     "until",
 ]

@@ -9,8 +9,7 @@ from jaxsft import sharding
 from jaxsft.models import Model, logits
 from jaxsft.sample import stops
 from jaxsft.sample.draw import Config
-from jaxsft.sample.generate import answers, bucket, generate
-from jaxsft.sample.stream import until
+from jaxsft.sample.generate import bucket, generate, texts
 
 
 def asker(
@@ -30,8 +29,7 @@ def asker(
             return []
         key = jax.random.key(config.seed)
         found = generate(model, variables, prompts, draw=config.draw, strings=strings, key=key, **how)
-        texts = (tokenizer.decode(answer, skip_special_tokens=True) for answer in answers(found))
-        return [until(text, config.stop).strip() for text in texts]
+        return [text.strip() for text in texts(found, tokenizer, config.stop)]
 
     return ask
 

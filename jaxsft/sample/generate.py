@@ -1,7 +1,7 @@
 """Answers to many prompts at once, as arrays that a loss can learn from."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jaxsft.sample import loop
 from jaxsft.sample.draw import GREEDY, Draw
 from jaxsft.sample.loop import STOP_TOKEN, Job, Shape
 from jaxsft.sample.queue import pack
-from jaxsft.sample.stops import Strings
+from jaxsft.sample.stops import Strings, until
 from jaxsft.types import Key
 
 SLOTS = 64  # answers in progress at one time, unless it is said
@@ -105,6 +105,20 @@ def answers(found: Samples) -> list[list[int]]:
     """
     ends = found.lengths - (found.finish == STOP_TOKEN)
     return [row[:end].tolist() for row, end in zip(found.tokens, ends, strict=True)]
+
+
+def texts(found: Samples, tokenizer: Any, strings: Sequence[str] = ()) -> list[str]:
+    """The answers in words, without the strings that ended them.
+
+    Example:
+      >>> class Letters:
+      ...     def decode(self, ids, skip_special_tokens):
+      ...         return "".join(map(chr, ids))
+      >>> one = Samples(np.array([list(b"go END")]), np.zeros((1, 6)), np.array([6]), np.array([loop.STOP_STRING]))
+      >>> texts(one, Letters(), ["END"])
+      ['go ']
+    """
+    return [until(tokenizer.decode(answer, skip_special_tokens=True), strings) for answer in answers(found)]
 
 
 def needed(key: Key | None, draw: Draw) -> Key:

@@ -45,6 +45,17 @@ def compile(strings: Sequence[str], tokenizer: Any) -> Strings | None:
     return Strings(tuple(strings), over_tokens(moves, pieces(tokenizer)))
 
 
+def until(text: str, strings: Sequence[str]) -> str:
+    """The text before the first of some strings.
+
+    Example:
+      >>> until("one END two", ["two", "END"])
+      'one '
+    """
+    found = [at for one in strings if (at := text.find(one)) >= 0]
+    return text[: min(found)] if found else text
+
+
 def automaton(words: Sequence[bytes]) -> Int[np.ndarray, "S 256"]:
     """The next state for each state and byte; ENDS stands where a word ends.
 

@@ -12,7 +12,7 @@ from jaxsft.models import Cache, Model
 from jaxsft.sample import loop
 from jaxsft.sample.draw import GREEDY, Draw, pick
 from jaxsft.sample.generate import bucket, check, needed
-from jaxsft.sample.stops import Strings
+from jaxsft.sample.stops import Strings, until
 from jaxsft.types import Key
 
 
@@ -82,17 +82,6 @@ def pieces(tokenizer, tokens: Iterator[int], strings: Sequence[str] = ()) -> Ite
             return
     if text[shown:]:
         yield text[shown:]
-
-
-def until(text: str, strings: Sequence[str]) -> str:
-    """The text before the first of some strings.
-
-    Example:
-      >>> until("one END two", ["two", "END"])
-      'one '
-    """
-    found = [at for one in strings if (at := text.find(one)) >= 0]
-    return text[: min(found)] if found else text
 
 
 def _begun(text: str, string: str) -> int:

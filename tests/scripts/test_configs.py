@@ -10,7 +10,14 @@ from jaxsft import config
 from .conftest import ROOT, load_script
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-OWN = {"sft": "quickstart", "pretrain": "pretrain", "merge": "merge", "chat": "chat", "tokenizer": "tokenizer"}
+OWN = {
+    "sft": "quickstart",
+    "pretrain": "pretrain",
+    "merge": "merge",
+    "chat": "chat",
+    "generate": "generate",
+    "tokenizer": "tokenizer",
+}
 OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward"}
 
 
