@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxsft import hub, losses, optim, report, sample, sharding, train, tree, tuning
 from jaxsft.models import Model
-from jaxsft.objectives import Objective, Pairwise, policy
+from jaxsft.objectives import Objective, Pairwise, critic, policy
 from jaxsft.tree import Tree
 from jaxsft.types import Pairs, Rollouts, State, Tokens
 
@@ -197,15 +197,18 @@ def measure(work: Work, sections: Sections) -> Need:
         frozen = {**frozen, "reference": trainable["params"]}
     if work.critic:
         score = jax.ShapeDtypeStruct((shape.hidden, 1), jnp.float32, sharding=sharding.whole(mesh))
-        own = trainable if work.critic == "own" else {}
-        trainable = {**trainable, "value": {**own, "params": {**own.get("params", {}), "score": {"kernel": score}}}}
-        frozen = {**frozen, "value": {"lora": frozen["lora"]}} if own and "lora" in frozen else frozen
+        trains, constants = critic(trainable, frozen, score, shared=work.critic == "shared")
+        trainable, frozen = {**trainable, "value": trains}, {**frozen, "value": constants}
     cache: Any = jax.eval_shape(lambda: model.cache(work.answers, s.length)) if work.answers else ()
     tx, _ = optim.build(s.optim, 1)
     state = abstract_state(trainable, tx, mesh)
 
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * s.train.microbatches
+    # Of answers there are as many rows as they fill, so rows without any are added until they can be shared out.
+    count = -(-s.train.batch_size // pieces) * pieces if work.answers else s.train.batch_size
+
     def rows(dtype: Any, *axes: int) -> Any:
-        shape = (s.train.batch_size, *(axes or (s.length,)))
+        shape = (count, *(axes or (s.length,)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))
 
     batch = work.batch(rows)
@@ -227,7 +230,7 @@ def measure(work: Work, sections: Sections) -> Need:
         tokens,
         max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shards,
-        4 * model.config.vocab_size * min(at_once, s.train.batch_size * s.length) // shards,
+        4 * model.config.vocab_size * min(at_once, count * s.length) // shards,
         tuning.count(trainable, frozen),
         tree.count(trainable),
     )

@@ -24,6 +24,7 @@ from jaxsft.models import Model, build
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.train import Config, Prepare, fit, init, make_evaluation, make_step, place
+from jaxsft.tree import Tree
 from jaxsft.tuning import Learner
 from jaxsft.types import State
 
@@ -128,8 +129,13 @@ def with_reference(learner: Learner) -> Learner:
 
     With an adapter alone there is nothing to keep: the reference is the base without it.
     """
-    kept = jax.tree.map(jnp.copy, learner.trainable.get("params", {}))
+    kept = _before(learner)
     return learner._replace(frozen={**learner.frozen, "reference": kept}) if kept else learner
+
+
+def _before(learner: Learner) -> Tree:
+    """What the base's own parameters that train are now: a copy, since training is given them to keep."""
+    return learner.frozen.get("reference") or jax.tree.map(jnp.copy, learner.trainable.get("params", {}))
 
 
 def with_critic(learner: Learner, kind: Literal["own", "shared"], mesh: Mesh) -> Learner:
@@ -141,13 +147,9 @@ def with_critic(learner: Learner, kind: Literal["own", "shared"], mesh: Mesh) ->
       mesh: where it lies.
     """
     zeros = jax.device_put(jnp.zeros((learner.model.config.hidden, 1), jnp.float32), sharding.whole(mesh))
-    head = {"score": {"kernel": zeros}}
-    if kind == "shared":
-        return learner._replace(trainable={**learner.trainable, "value": {"params": head}})
-    own = jax.tree.map(jnp.copy, learner.trainable)
-    critic = own | {"params": own.get("params", {}) | head}
-    constants = {"value": {"lora": learner.frozen["lora"]}} if "lora" in learner.frozen else {}
-    return learner._replace(trainable={**learner.trainable, "value": critic}, frozen={**learner.frozen, **constants})
+    trains, constants = objectives.critic(learner.trainable, learner.frozen, zeros, shared=kind == "shared")
+    trainable = {**learner.trainable, "value": jax.tree.map(jnp.copy, trains)}
+    return learner._replace(trainable=trainable, frozen={**learner.frozen, "value": constants})
 
 
 def with_judge(learner: Learner, path: str, model: hub.Config, mesh: Mesh) -> tuple[Learner, Model | None]:
@@ -155,8 +157,8 @@ def with_judge(learner: Learner, path: str, model: hub.Config, mesh: Mesh) -> tu
 
     Args:
       learner: the policy.
-      path: what scripts/reward.py leaves: an adapter, which is put on the base that the policy has, too; or a merged
-        checkpoint, whole.
+      path: what scripts/reward.py leaves: an adapter, which is put on the base that the policy has, too, as it was
+        before training; or a merged checkpoint, whole.
       model: the policy's checkpoint.
       mesh: where it lies.
 
@@ -171,11 +173,13 @@ def with_judge(learner: Learner, path: str, model: hub.Config, mesh: Mesh) -> tu
         return learner, None
     if (Path(path) / "adapter_config.json").is_file():
         family, shape = hub.read_config(hub.resolve(model.path))
-        adapter = hub.load_adapter(path, hub.on_disk(model.path), family=family, config=shape)
+        base = hub.on_disk(model.path, cut=learner.plan.cut)
+        adapter = hub.load_adapter(path, base, family=family, config=shape)
         own = {"lora": adapter.lora, "params": adapter.params}
         judge = build(dataclasses.replace(learner.model.config, labels=1), dtype=jnp.dtype(model.dtype), mesh=mesh)
         tokenizer = hub.adapter_tokenizer(path, model.path)
         own = jax.tree.map(lambda x: jax.device_put(x, sharding.whole(mesh)), own)
+        own["params"] = tree.nest(tree.flat(_before(learner)) | tree.flat(own["params"]))
     else:
         judge, own = hub.load_variables(path, mesh, dtype=jnp.dtype(model.dtype))
         tokenizer = hub.load_tokenizer(path)

@@ -5,7 +5,7 @@
 Sums, never means: whoever adds several batches divides once. A key switches dropout on; None is for evaluation.
 """
 
-from jaxsft.objectives.episodes import Assessed, Judged, policy_of, seen_as
+from jaxsft.objectives.episodes import Assessed, Judged, critic, policy_of, seen_as
 from jaxsft.objectives.grpo import GRPO, METHODS
 from jaxsft.objectives.grpo import learning as grpo_learning
 from jaxsft.objectives.grpo import scoring as grpo_scoring
@@ -32,6 +32,7 @@ __all__ = [
     "Pairwise",
     "Reward",
     "bradley_terry",
+    "critic",
     "expect",
     "grpo_learning",
     "grpo_scoring",

@@ -6,7 +6,7 @@ adapter on it, the last two also a score. `variables` holds them beside each oth
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsft import losses, sharding, tree
 from jaxsft.models import Model, scores
 from jaxsft.objectives.pairs import reference as reference_variables
+from jaxsft.tree import Tree
 from jaxsft.types import Key, Rollouts, Tokens
+
+SCORE = "score/kernel"  # the address of what makes a score of features
 
 
 class Read(NamedTuple):
@@ -50,19 +53,44 @@ def policy_of(variables: Mapping) -> dict:
     return {name: part for name, part in variables.items() if name in ("params", "lora", "packed")}
 
 
-def seen_as(variables: Mapping, name: str) -> dict:
-    """The variables of the model that `variables[name]` makes of the base, or is.
+def critic(trainable: Mapping, frozen: Mapping, score: Any, *, shared: bool = False) -> tuple[Tree, Tree]:
+    """`variables["value"]` of a policy, split by what learns: all that learns of the policy but its output layer, and a
+    score; or a score alone.
+
+    Args:
+      trainable, frozen: of the policy, arrays or shapes.
+      score: [D, 1], the kernel.
+      shared: does it read the policy's features?
 
     Example:
-      >>> both = {"params": {"w": 1}, "lora": {"a": 2}, "value": {"params": {"score": 3}}}
-      >>> seen_as(both, "value")
-      {'params': {'w': 1, 'score': 3}}
+      >>> critic({"lora": {"q": {"a": 1}, "head": {"a": 2}}}, {"params": {"w": 3}, "lora": {"q": {"scale": 4}}}, 5)
+      ({'lora': {'q': {'a': 1}}, 'params': {'score': {'kernel': 5}}}, {'lora': {'q': {'scale': 4}}})
     """
-    own = variables[name]
-    if "embed" in own.get("params", {}):
+    head = {"score": {"kernel": score}}
+    if shared:
+        return {"params": head}, {}
+    headless = lambda part: {name: x for name, x in part.items() if name != "head"}
+    own = {name: headless(part) for name, part in trainable.items()}
+    return own | {"params": own.get("params", {}) | head}, {
+        "lora": headless(frozen["lora"])
+    } if "lora" in frozen else {}
+
+
+def seen_as(variables: Mapping, name: str) -> dict:
+    """The variables of the model that `variables[name]` makes of the base, or is: one that has parameters where the
+    base has none, but for a score or an output layer, stands alone.
+
+    Example:
+      >>> both = {"params": {"w": 1}, "lora": {"a": 2}, "value": {"params": {"score": {"kernel": 3}}}}
+      >>> seen_as(both, "value")
+      {'params': {'w': 1, 'score': {'kernel': 3}}}
+    """
+    own, base = variables[name], tree.flat(variables["params"])
+    params = tree.flat(own.get("params", {}))
+    if set(params) - {SCORE, "head/table"} - set(base):
         return dict(own)
-    base = {"packed": variables["packed"]} if "packed" in variables else {}
-    return base | own | {"params": tree.nest(tree.flat(variables["params"]) | tree.flat(own.get("params", {})))}
+    packed = {"packed": variables["packed"]} if "packed" in variables else {}
+    return packed | own | {"params": tree.nest(base | params)}
 
 
 def read(
@@ -107,11 +135,10 @@ def values(
 
     A critic that has a score alone reads it off the policy's features; one with weights of its own runs.
     """
-    critic = variables["value"]
-    if set(tree.flat(critic)) != {"params/score/kernel"}:
+    if set(tree.flat(variables["value"])) != {f"params/{SCORE}"}:
         own = seen_as(variables, "value")
         features = model.learn(own, batch.tokens, batch.positions, batch.segments, dropout=key)[0]
-    return scores(critic, features)
+    return scores(variables["value"], features[..., : model.config.hidden])  # an adapter of the output layer widens
 
 
 def assess(
