@@ -176,7 +176,8 @@ def scoring(
         if made.advantage.endswith("reward_to_go"):
             advantage = losses.reinforce(jnp.where(losses.last(learned), advantage, 0.0) - cost, learned)
         deviation = jnp.nan_to_num(jnp.nanstd(groups, axis=1))  # nan: no answer of the group has a reward
-        metrics = {"reward_deviation": deviation.mean(), "alike": (deviation == 0).mean()}
+        alike = ~(jnp.nanmin(groups, axis=1) < jnp.nanmax(groups, axis=1))  # a deviation of equal ones is rounded
+        metrics = {"reward_deviation": deviation.mean(), "alike": alike.mean()}
         metrics |= told(found, learned, "k3", judge is not None) if reference or judge is not None else {}
         nothing = jnp.zeros_like(advantage)
         return Judged(rollouts(tokens, found, advantage, nothing), rewards, metrics)
