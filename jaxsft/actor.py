@@ -145,9 +145,7 @@ def given(episodes: Episodes, *, penalty: float | None, judged: bool) -> Float[n
     """
     total = np.nan_to_num(episodes.scored.total) if judged else episodes.scored.total
     if np.isnan(total).all():
-        failures = episodes.scored.failures
-        why = str(failures[0]) if failures else "every reward function returned None"
-        raise RunError(f"none of {len(total)} answers has a reward: {why}")
+        raise RunError(rewards.trouble(episodes.scored))
     return (total - (penalty or 0.0) * ~episodes.ended).astype(np.float32)
 
 
@@ -156,6 +154,11 @@ def figures(episodes: Episodes) -> dict[str, float]:
     parts = {f"reward_{name}": np.nanmean(x) for name, x in episodes.scored.parts.items() if np.isfinite(x).any()}
     told = {"length": episodes.samples.lengths.mean(), "ended": episodes.ended.mean()}
     return {name: float(value) for name, value in (parts | told).items()} | {"failures": len(episodes.scored.failures)}
+
+
+def failed(episodes: Episodes) -> list[dict[str, Any]]:
+    """What reward functions could not judge, as rows for people."""
+    return [failure._asdict() for failure in episodes.scored.failures]
 
 
 def lines(episodes: Episodes, rewards: Float[np.ndarray, "N"]) -> list[dict[str, Any]]:

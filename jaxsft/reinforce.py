@@ -9,7 +9,7 @@ checkpoint at the end of an iteration is all that is needed to go on.
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -178,11 +178,13 @@ def learn(
         log = Log(folder, at.iteration, shows="reward")
         if log.writes:
             keep_until(folder / SAMPLES, at.iteration)
+        known: set[str] = set()  # reward functions of which a failure was printed
 
         def look() -> None:
             if evaluate is not None:
                 held = evaluate(policy_of(tree.combine(state.trainable, frozen)))
                 log.evaluation(at.iteration, {"reward": float(np.nanmean(held.scored.total)), **actor.figures(held)})
+                _complain(folder, at.iteration, held, known)
                 _record(folder, at.iteration, "held out", held, held.scored.total, show)
 
         if not at.iteration:
@@ -195,6 +197,7 @@ def learn(
                 asked = actor.ask(prompts, actor.taken(batch.tokens.rows), tokenizer)
                 policy = policy_of(tree.combine(state.trainable, frozen))
                 episodes = act(policy, asked, samples=c.samples, key=key)
+                _complain(folder, number, episodes, known)
                 packed = pack(episodes, row_length, c, mesh)
                 charged = charge._replace(coef=at.kl_coef)
                 state, told = improve(programs, state, frozen, episodes, packed, rules, charged, c, mesh, number)
@@ -253,23 +256,24 @@ def improve(
       number: of the iteration; with the seed it decides the minibatches.
 
     Returns:
-      (state, told); told has means over the steps.
+      (state, told); told has means over the steps that had something to learn.
     """
     started = perf_counter()
     given = actor.given(episodes, penalty=rules.penalty, judged=rules.judged)
     silent = np.isnan(given) | (rules.silent & ~episodes.ended)
     placed, variables = rollouts.place(packed, mesh), tree.combine(state.trainable, frozen)
     judged = programs.score(variables, *placed, given, silent, np.float32(charge.coef))
-    count, steps = len(packed.episode), []
+    steps = []
     for epoch in range(config.epochs):
         draw = np.random.default_rng([config.seed, number, epoch])
-        for rows in rollouts.minibatches(draw, count, config.minibatches):
+        for rows in rollouts.minibatches(draw, packed, config.minibatches):
             state, metrics = programs.step(state, frozen, programs.take(judged.rollouts, rows, not steps))
             steps.append(metrics)
         if charge.stop is not None and float(steps[-1]["drift"]) > charge.stop:
             break
     found, told, reached = jax.device_get((judged.rewards, judged.metrics, steps))
-    means = {name: float(np.mean([one[name] for one in reached])) for name in reached[0]}
+    taught = [one for one in reached if one["trained_tokens"]] or reached  # a minibatch may have nothing to learn
+    means = {name: float(np.mean([one[name] for one in taught])) for name in reached[0]}
     seconds, read = perf_counter() - started, int((packed.tokens.segments > 0).sum())
     figures = {
         "loss": means.pop("loss"),
@@ -278,6 +282,7 @@ def improve(
         **actor.figures(episodes),
         **{name: float(value) for name, value in told.items()},
         **means,
+        "trained_tokens": int(episodes.samples.lengths[~silent].sum()),  # of a step it is what its loss is a mean over
         "updates": len(steps),
         "rollout_seconds": episodes.seconds,
         "update_seconds": seconds,
@@ -320,12 +325,30 @@ def _record(folder: Path, step: int, kind: str, episodes: Episodes, found: Float
         return
     rows = actor.lines(episodes, found)
     rows = rows if kind == "held out" else rows[:: max(1, len(rows) // max(1, show))][:show]
-    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, "kind": kind, **row}, ensure_ascii=False) + "\n" for row in rows)
+    _write(folder, step, kind, rows)
     some = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(show, len(rows))).astype(int))]
     cell = lambda value: "none" if value is None else f"{value:.3f}"
     shown = [(row["prompt"], row["answer"], cell(row["reward"])) for row in some]
     report.table(f"iteration {step}, {kind}", ("prompt", "answer", "reward"), shown, lines=False)
+
+
+def _complain(folder: Path, step: int, episodes: Episodes, known: set[str]) -> None:
+    """Writes what reward functions could not judge to samples.jsonl, and prints the first failure of each."""
+    if jax.process_index():
+        return
+    rows = actor.failed(episodes)
+    _write(folder, step, "failed", rows)
+    new = {row["function"]: row for row in reversed(rows) if row["function"] not in known}
+    known |= set(new)
+    if new:
+        columns = ("function", "error", "prompt", "answer")
+        cells = [tuple(row[name] for name in columns) for row in new.values()]
+        report.table(f"iteration {step}: {len(rows)} rewards failed, all of them in {SAMPLES}", columns, cells)
+
+
+def _write(folder: Path, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, "kind": kind, **row}, ensure_ascii=False) + "\n" for row in rows)
 
 
 def before_and_after(folder: Path, count: int) -> list[tuple[str, str, str, str]]:

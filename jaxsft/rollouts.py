@@ -84,11 +84,15 @@ def place(rows: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, rows)
 
 
-def minibatches(draw: np.random.Generator, rows: int, count: int) -> Int[np.ndarray, "count rows/count"]:
-    """The rows of each minibatch of one epoch, in a new order.
+def minibatches(draw: np.random.Generator, packed: Packed, count: int) -> Int[np.ndarray, "count rows"]:
+    """The rows of each minibatch of one epoch, in a new order; those without an episode are shared out evenly, so that
+    no minibatch is empty if that can be.
 
     Example:
-      >>> sorted(minibatches(np.random.default_rng(0), 4, 2).ravel().tolist())
-      [0, 1, 2, 3]
+      >>> packed = pack([[5, 6], [7], [8]], [[1, 2], [3, 4], [3]], length=4, unit=2)  # three rows, and an empty one
+      >>> (minibatches(np.random.default_rng(0), packed, 2) < 3).sum(axis=1).tolist()
+      [2, 1]
     """
-    return draw.permutation(rows).reshape(count, -1)
+    used = int((packed.tokens.segments > 0).any(axis=1).sum())  # the empty ones come last
+    order = np.concatenate([draw.permutation(used), np.arange(used, len(packed.episode))])
+    return order.reshape(-1, count).T
