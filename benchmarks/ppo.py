@@ -4,8 +4,8 @@
 
 The shape of benchmarks/step.py (512 wide, 8 layers) with the shipped tokenizer's vocabulary and random weights,
 float32, LoRA of rank 16 on every linear layer. An iteration is 8 prompts, 8 answers to each of at most 64 tokens
-(random weights hardly ever end one), a reward that counts letters, and one optimizer step over all 64. PPO has 64 prompts, an
-answer to each, a reference and a critic with an adapter of its own. TRL 1.16 has no PPO any more. Each run is a process
+(random weights hardly ever end one), a reward that counts letters, and one optimizer step over all 64. PPO has 64
+prompts, an answer to each, a reference and a critic with an adapter of its own. TRL 1.16 has no PPO any more. Each run is a process
 of its own; the iterations before the clock starts compile.
 """
 
@@ -57,7 +57,7 @@ def run_trl(root: str, iterations: int) -> dict:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = [json.loads(line) for line in Path(root, "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    letters = lambda completions, **_: [sum(map(str.isalpha, one)) / 100 for one in completions]
+    letters = lambda completions, **_: [sum(map(str.isalpha, one[0]["content"])) / 100 for one in completions]
     settings = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     args = trl.GRPOConfig(
         output_dir=f"{root}/trl",
