@@ -5,8 +5,8 @@
 The shape of benchmarks/step.py (512 wide, 8 layers) with the shipped tokenizer's vocabulary and random weights,
 float32, LoRA of rank 16 on every linear layer. An iteration is 8 prompts, 8 answers to each of at most 64 tokens
 (random weights hardly ever end one), a reward that counts letters, and one optimizer step over all 64. PPO has 64
-prompts, an answer to each, a reference and a critic with an adapter of its own. TRL 1.16 has no PPO any more. Each run is a process
-of its own; the iterations before the clock starts compile.
+prompts, an answer to each, a reference and a critic with an adapter of its own. TRL 1.16 has no PPO any more. Each
+run is a process of its own; the iterations before the clock starts compile.
 """
 
 import argparse
