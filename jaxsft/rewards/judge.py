@@ -59,6 +59,7 @@ class Part(NamedTuple):
     label: str  # what it is called in metrics
     name: str
     weight: float
+    messages: bool  # does it take lists of messages?
     arguments: dict[str, Any]
 
 
@@ -68,11 +69,11 @@ class Judge:
     def __init__(self, parts: Sequence[Part], pool: Pool | None):
         self.parts, self.pool = parts, pool
 
-    def __call__(self, prompts: Sequence[Any], answers: Sequence[str], fields: Sequence[Row]) -> Scored:
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str], fields: Sequence[Row]) -> Scored:
         """Judges N answers.
 
         Args:
-          prompts: of each answer, text; or messages, then functions that take lists get the answers as messages, too.
+          prompts: of each answer.
           answers: what the model wrote, without the token that ended it.
           fields: the other columns of each prompt's row.
 
@@ -86,7 +87,7 @@ class Judge:
         values = np.full((len(self.parts), len(episodes)), np.nan)
         errors: dict[tuple[int, int], str] = {}
         for number, manner in enumerate(self.pool.manners):
-            for of, call in _calls(number, manner, episodes):
+            for of, call in _calls(number, manner, episodes, self.parts[number].messages):
                 if isinstance(call, str):
                     errors |= {(number, episode): call for episode in of}
                 elif of:
@@ -99,7 +100,7 @@ class Judge:
                 elif one["value"] is not None:
                     values[call.function, episode] = one["value"]
         failures = [
-            Failure(self.parts[number].label, _text(prompts[episode]), answers[episode], error)
+            Failure(self.parts[number].label, prompts[episode], answers[episode], error)
             for (number, episode), error in sorted(errors.items())
         ]
         parts = {part.label: row.astype(np.float32) for part, row in zip(self.parts, values, strict=True)}
@@ -129,7 +130,8 @@ def load(
     Args:
       functions: by name, see `named.find`: a weight, or {"weight": 1.0, ...} with arguments for the function. To take
         one function twice, call the two what you like and name it in `function`: {"digits": {"function": "regex",
-        "pattern": "[0-9]"}}.
+        "pattern": "[0-9]"}}. With "messages": True a function that takes lists gets prompts and answers as messages,
+        [{"role": "assistant", "content": "..."}], as TRL's own do.
       timeout: seconds that one call may take: one answer, or all of them for a function that takes lists.
       workers: processes. What takes lists runs in one of them.
       required: is it an error to name none? Otherwise no answer has a reward then.
@@ -184,28 +186,39 @@ def trouble(scored: Scored) -> str:
     for label in scored.parts:
         failed = [failure for failure in scored.failures if failure.function == label]
         if failed and len(failed) == count:
-            (error, times), *_ = Counter(failure.error for failure in failed).most_common(1)
-            first = next(failure for failure in failed if failure.error == error)
+            first, times = _commonest(failed)
             told = str(first).removeprefix(f"{label}: ")
             return f"reward function {label} failed on all {count} answers, on {times} of them alike: {told}"
-    if count and np.isnan(scored.total).all():
-        return (
-            f"none of the {count} answers has a reward: {', '.join(scored.parts)} gave none. They may look for a "
-            "column that the rows do not have; rename it with data columns"
-        )
-    return ""
+    if not count or not np.isnan(scored.total).all():
+        return ""
+    told = f"none of the {count} answers has a reward: "
+    if scored.failures:
+        first, times = _commonest(scored.failures)
+        return f"{told}some functions failed, {times} times alike: {first}"
+    return (
+        f"{told}{', '.join(scored.parts)} gave none. They may look for a column that the rows do not have; rename it "
+        "with data columns"
+    )
+
+
+def _commonest(failures: Sequence[Failure]) -> tuple[Failure, int]:
+    """The first of the failures that are most often alike, and how often."""
+    (error, times), *_ = Counter(failure.error for failure in failures).most_common(1)
+    return next(failure for failure in failures if failure.error == error), times
 
 
 def _part(label: str, given: float | Mapping[str, Any]) -> Part:
     arguments = dict(given) if isinstance(given, Mapping) else {"weight": given}
-    weight, name = arguments.pop("weight", 1.0), arguments.pop("function", label)
+    weight, name, messages = (
+        arguments.pop(*one) for one in (("weight", 1.0), ("function", label), ("messages", False))
+    )
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise RewardError(f"reward.functions gives {label} the weight {weight!r}; expected a number")
-    return Part(label, str(name), float(weight), arguments)
+    return Part(label, str(name), float(weight), bool(messages), arguments)
 
 
 def _calls(
-    number: int, manner: Manner, episodes: Sequence[tuple[Any, str, Row]]
+    number: int, manner: Manner, episodes: Sequence[tuple[str, str, Row]], messages: bool
 ) -> Iterator[tuple[list[int], Call | str]]:
     """Yields (episodes, the call that judges them, or why there is none)."""
     if not manner.batch:
@@ -214,9 +227,11 @@ def _calls(
         return
     rows = [row for _, _, row in episodes]
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-    prompts = [prompt for prompt, _, _ in episodes]
-    said = [a if isinstance(p, str) else [{"role": "assistant", "content": a}] for p, a, _ in episodes]
-    both = {"prompts": prompts, "completions": said}
+    turn = lambda role, text: [{"role": role, "content": text}] if messages else text
+    both = {
+        "prompts": [turn("user", prompt) for prompt, _, _ in episodes],
+        "completions": [turn("assistant", answer) for _, answer, _ in episodes],
+    }
     own = both if manner.takes is None else {name: both[name] for name in both if name in manner.never}
     yield list(range(len(rows))), _missing(manner, columns) or Call(number, [], own | _taken(manner, columns))
 
@@ -234,10 +249,6 @@ def _missing(manner: Manner, row: Row) -> str:
         f"it needs the column {', '.join(missing)}, and the row has {', '.join(row) or 'none'}; rename it with data "
         "columns, or give it as an argument in reward.functions"
     )
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt)
 
 
 def _short(text: str, most: int = 200) -> str:

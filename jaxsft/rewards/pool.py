@@ -139,7 +139,7 @@ class Pool:
                     del state.busy[place]
             elif time.monotonic() > job.deadline:
                 self._kill(place)
-                why = f"it took more than {self.timeout:g} seconds; raise rewards.timeout if it needs them"
+                why = f"it took more than {self.timeout:g} seconds; raise reward.timeout if it needs them"
                 self._lose(place, why, state)
 
     def _lose(self, place: int, why: str, state: Round) -> None:

@@ -49,7 +49,8 @@ def trl(prompts, completions, answer, completion_ids, **kwargs):
     return [float(c == a and len(prompts) == len(ids) == 2) for c, a, ids in zip(completions, answer, completion_ids)]
 
 async def messages(completions, **kwargs):
-    return [len(kwargs["prompts"]) + float(c[0]["content"]) for c in completions]
+    assert kwargs["prompts"][1] == [{"role": "user", "content": "b"}]
+    return [2 + float(c[0]["content"]) for c in completions]
 
 def short(completions, **kwargs):
     return [1.0]
@@ -153,10 +154,9 @@ def test_functions_of_lists_get_all_answers_in_one_call_with_their_columns(own):
     }
 
 
-def test_answers_to_messages_are_messages_for_functions_of_lists(own):
-    with load({f"{own}:messages": 1.0}) as judge:
-        prompt = [{"role": "user", "content": "hi"}]
-        assert judge([prompt, prompt], ["1", "2"], [{}, {}]).total.tolist() == [3.0, 4.0]
+def test_functions_of_lists_may_get_messages(own):
+    with load({f"{own}:messages": {"messages": True}}) as judge:
+        assert judge(["a", "b"], ["1", "2"], [{}, {}]).total.tolist() == [3.0, 4.0]
 
 
 def test_no_reward_at_all_is_told():
@@ -165,6 +165,11 @@ def test_no_reward_at_all_is_told():
         assert judge([], [], []).total.shape == (0,)
     assert np.isnan(scored.total).all()
     assert rewards.trouble(scored).startswith("none of the 1 answers has a reward: exact_number gave none")
+    failed = scored._replace(failures=[rewards.Failure("f", "p", "a", "KeyError: 'x'")])
+    assert rewards.trouble(failed._replace(total=np.full(2, np.nan, np.float32))) == (
+        "none of the 2 answers has a reward: some functions failed, 1 times alike: f: KeyError: 'x'\n  prompt: p\n"
+        "  answer: a"
+    )
 
 
 @pytest.mark.parametrize(
