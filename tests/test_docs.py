@@ -1,5 +1,6 @@
 """What the pages of docs/ show is what the code does."""
 
+import doctest
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxsft
-from jaxsft import data, hub, losses, models
+from jaxsft import config, data, hub, losses, models, rewards
 from jaxsft.data.render import encode
 from jaxsft.data.script import scripts
 
@@ -61,6 +62,28 @@ def test_the_page_of_policies_lists_every_loss_type_as_it_is():
     rows = [f"| `{name}` | `{made.policy}` | `{made.aggregate}` |" for name, made in losses.LOSS_TYPES.items()]
     rows += [f"| `{name}` |" for name in [*losses.POLICY, *losses.AGGREGATES]]
     assert [row for row in rows if f"\n{row}" not in page] == []
+
+
+def test_the_page_of_rewards_runs_as_it_says(tmp_path, monkeypatch):
+    page = (DOCS / "rewards.md").read_text(encoding="utf-8")
+    assert [name for name in rewards.REWARDS if f"\n| `{name}` |" not in page] == []
+    own, settings = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "yaml"))
+    command = re.search(r"--reward.functions '(.*?)'", page)
+    assert own
+    assert settings
+    assert command
+    monkeypatch.chdir(tmp_path)
+    Path("my_rewards.py").write_text(own[1])
+    assert doctest.testfile(str(DOCS / "rewards.md"), module_relative=False) == (0, 6)
+
+    Path("run.yaml").write_text(settings[1].replace("reward:\n", "", 1).replace("\n  ", "\n").removeprefix("  "))
+    read = config.parse(rewards.Config, ["--config", "run.yaml"])
+    typed = config.parse(rewards.Config, ["--functions", command[1]])
+    assert typed.functions == {"my_rewards.py:polite": 0.2, "my_rewards.py:near": {"tolerance": 0.5}}
+    named = {name: value for name, value in read.functions.items() if "my_package" not in name}
+    for functions in (named, typed.functions):
+        with rewards.load(functions, timeout=read.timeout, workers=read.workers) as judge:
+            assert judge(["6 x 7?"], ["42"], [{"answer": 42, "solution": 42}]).failures == []
 
 
 def test_the_page_of_models_is_the_registry_with_errors_that_were_measured():
