@@ -18,7 +18,7 @@ OWN = {
     "generate": "generate",
     "tokenizer": "tokenizer",
 }
-OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward"}
+OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward", "ppo": "digits_ppo", "grpo": "digits_grpo"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
