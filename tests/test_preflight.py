@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_shown_with_what_would_change_that(capsys, monkeypa
     def measured(objective, given):
         tried.append(given)
         big = given.model.quantise == "none"
-        return preflight.Need(3_000_000_000 if big else 1_000_000_000, 10**8, 10**6, 2 * 10**9, 10**8, 5000, 50)
+        return preflight.Need(3_000_000_000 if big else 1_000_000_000, 10**8, 10**6, 2 * 10**9, 0, 10**8, 5000, 50)
 
     monkeypatch.setattr(preflight, "measure", measured)
     preflight.show(preflight.over_tokens(objectives.supervised), sections(), 4.0)
