@@ -95,10 +95,12 @@ def over_tokens(moves: Int[np.ndarray, "S 256"], pieces: Sequence[bytes]) -> Int
 def pieces(tokenizer: Any) -> list[bytes]:
     """The bytes that each token adds to a text, special ones as they are written."""
     written = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    added = {token: one.content for token, one in tokenizer.added_tokens_decoder.items()}
-    kind = _decoder(tokenizer)
-    read = {"bytes": _from_bytes, "words": _from_words}.get(kind) or _by_decoding(tokenizer)
-    return [added[i].encode() if i in added else read(token or "") for i, token in enumerate(written)]
+    read = {"bytes": _from_bytes, "words": _from_words}.get(_decoder(tokenizer))
+    if read is None:
+        read, added = _by_decoding(tokenizer), {}
+    else:
+        added = {token: one.content.encode() for token, one in tokenizer.added_tokens_decoder.items()}
+    return [added[i] if i in added else read(token or "") for i, token in enumerate(written)]
 
 
 def _decoder(tokenizer: Any) -> str:

@@ -10,15 +10,6 @@ from jaxsft import data, hub, lora, models, sample, tree
 from jaxsft.run import RunError
 
 
-def test_pieces_of_a_stream_join_to_the_text_and_never_cut_a_character():
-    tokenizer = hub.load_tokenizer(jaxsft.BASE)
-    text = "A猫🐈 says 你好."
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    parts = list(sample.pieces(tokenizer, iter(ids)))
-    assert "".join(parts) == text
-    assert all("\ufffd" not in part for part in parts)
-
-
 @pytest.fixture(scope="module")
 def answer():
     """Turns -> the answer that `generate` gives."""
