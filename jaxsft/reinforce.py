@@ -201,8 +201,8 @@ def learn(
                 packed = pack(episodes, row_length, c, mesh)
                 charged = charge._replace(coef=at.kl_coef)
                 state, told = improve(programs, state, frozen, episodes, packed, rules, charged, c, mesh, number)
-                at = Position(number, _adapt(charge, at.kl_coef, told, len(told.rewards)), dict(batch.position))
                 rates = {"kl_coef": at.kl_coef, "learning_rate": float(rate(int(state.step) - 1))}
+                at = Position(number, _adapt(charge, at.kl_coef, told, len(told.rewards)), dict(batch.position))
                 _check(number, told.figures)
                 log.train(number, told.figures | rates, told.tokens)
                 last = number == c.iterations
@@ -329,7 +329,8 @@ def _record(folder: Path, step: int, kind: str, episodes: Episodes, found: Float
     some = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(show, len(rows))).astype(int))]
     cell = lambda value: "none" if value is None else f"{value:.3f}"
     shown = [(row["prompt"], row["answer"], cell(row["reward"])) for row in some]
-    report.table(f"iteration {step}, {kind}", ("prompt", "answer", "reward"), shown, lines=False)
+    if shown:
+        report.table(f"iteration {step}, {kind}", ("prompt", "answer", "reward"), shown, lines=False)
 
 
 def _complain(folder: Path, step: int, episodes: Episodes, known: set[str]) -> None:
@@ -354,10 +355,9 @@ def _write(folder: Path, step: int, kind: str, rows: Sequence[Mapping[str, Any]]
 def before_and_after(folder: Path, count: int) -> list[tuple[str, str, str, str]]:
     """Some held-out prompts with what was wanted and the answers of the first and last evaluation, of samples.jsonl."""
     rows = [row for row in read_metrics(folder / SAMPLES) if row["kind"] == "held out"]
-    steps = [row["step"] for row in rows]
-    first, last = (
-        ([row for row in rows if row["step"] == end] for end in (min(steps), max(steps))) if rows else ([], [])
-    )
-    both = list(zip(first, last, strict=True))
+    steps = [row["step"] for row in rows] or [0]
+    first, last = ([row for row in rows if row["step"] == end] for end in (min(steps), max(steps)))
+    before = {row["prompt"]: row["answer"] for row in first}  # a run may go on with other held-out prompts
+    both = [row for row in last if row["prompt"] in before]
     some = np.unique(np.linspace(0, len(both) - 1, min(count, len(both))).astype(int))
-    return [(a["prompt"], a.get("wanted", ""), a["answer"], b["answer"]) for a, b in (both[i] for i in some)]
+    return [(r["prompt"], r.get("wanted", ""), before[r["prompt"]], r["answer"]) for r in (both[i] for i in some)]
