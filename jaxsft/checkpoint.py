@@ -20,7 +20,7 @@ from jaxsft.types import State
 # May differ between a run and its continuation: they do not change what is computed. What data.train holds is checked
 # by its content, through the position, wherever the files lie now.
 FREE = ("run.", "export.", "mesh.", "train.save_every", "train.keep", "train.eval_every", "train.log_every")
-FREE += ("data.train", "data.eval", "data.info", "data.workers", "data.cache")
+FREE += ("data.train", "data.eval", "data.info", "data.workers", "data.cache", "reward.workers", "reward.timeout")
 
 
 def open_folder(folder: Path, keep: int = 3) -> ocp.CheckpointManager:

@@ -15,7 +15,7 @@ from jaxsft import tree
 
 DECAYS = ".*/(kernel|table|positions|types|a|b|m)"  # m as in PEFT
 # What LoRA+ learns faster, as in PEFT: B, and vectors. In the embedding's adapter, where A starts at zero, neither is.
-FASTER = ("lora/(?!embed/).*/b", "lora/.*/m", "params/.*/(bias|scale)")
+FASTER = ("(value/)?lora/(?!embed/).*/b", "(value/)?lora/.*/m", "(value/)?params/.*/(bias|scale)")
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,15 @@ class Charge(NamedTuple):
     horizon: int = 10_000  # episodes
     stop: float | None = None  # nats a token between the policy and itself as it drew
 
+    def check(self) -> "Charge":
+        """Refuses a target that nothing can be held to."""
+        if self.target is not None and not (self.target > 0 and self.coef > 0 and self.horizon > 0):
+            raise RunError(
+                f"ppo.kl_target is {self.target}, ppo.kl_coef {self.coef} and ppo.kl_horizon {self.horizon}; to hold a "
+                "divergence all three must be above 0"
+            )
+        return self
+
 
 class Rules(NamedTuple):
     """What becomes of rewards, and of answers that were cut for length."""
@@ -271,7 +280,7 @@ def improve(
             steps.append(metrics)
         if charge.stop is not None and float(steps[-1]["drift"]) > charge.stop:
             break
-    found, told, reached = jax.device_get((judged.rewards, judged.metrics, steps))
+    found, (told, reached) = sharding.to_host(judged.rewards), jax.device_get((judged.metrics, steps))
     taught = [one for one in reached if one["trained_tokens"]] or reached  # a minibatch may have nothing to learn
     means = {name: float(np.mean([one[name] for one in taught])) for name in reached[0]}
     seconds, read = perf_counter() - started, int((packed.tokens.segments > 0).sum())

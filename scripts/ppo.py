@@ -107,7 +107,7 @@ def main(cfg: Config) -> None:
             rules=reinforce.Rules(judge is not None, p.missing_eos_penalty),
             tokenizer=tokenizer,
             row_length=row_length,
-            charge=reinforce.Charge(p.kl_coef, p.kl_target, p.kl_horizon, p.kl_stop),
+            charge=reinforce.Charge(p.kl_coef, p.kl_target, p.kl_horizon, p.kl_stop).check(),
             config=cfg.train,
             optimizer=cfg.optim,
             mesh=mesh,

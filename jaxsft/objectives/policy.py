@@ -44,9 +44,9 @@ def policy(
       chunk: as for `supervised`.
 
     Returns:
-      (variables, Rollouts, key) -> Sums. Metrics, means over the learned tokens: policy_loss, entropy, ratio,
-      clip_fraction, drift (k2 of the policy and itself as it drew); with a critic value_loss, value_clip_fraction; with
-      `kl_coef` kl_loss.
+      (variables, Rollouts, key) -> Sums; there is no dropout, since answers were drawn without. Metrics, means over the
+      learned tokens: policy_loss, entropy, ratio, clip_fraction, drift (k2 of the policy and itself as it drew); with a
+      critic value_loss, value_clip_fraction; with `kl_coef` kl_loss.
 
     Raises:
       ValueError: an encoder or a reward model; an unknown loss, aggregate or bound.
@@ -56,7 +56,7 @@ def policy(
 
     def objective(variables: Mapping, batch: Rollouts, key: Key | None) -> Sums:
         how = {"temperature": temperature, "learned_entropy": bool(entropy_coef), "chunk": chunk}
-        found = read(model, policy_of(variables), batch, key, **how)
+        found = read(model, policy_of(variables), batch, None, **how)  # with dropout the ratio would be noise
         learned, lp = found.learned, found.logprobs
         old = jnp.where(batch.fresh, jax.lax.stop_gradient(lp), batch.old)
         moved = surrogate(lp, old, batch.advantage, learned, batch.segments)
@@ -77,7 +77,7 @@ def policy(
             each = each + kl_coef * divergence
             metrics["kl_loss"] = over_tokens(divergence)
         if value_coef is not None:
-            value = values(model, variables, batch, found.features, key)
+            value = values(model, variables, batch, found.features, None)
             error = losses.clipped_value(value, batch.value, batch.returns, learned, clip=value_clip)
             each = each + value_coef * error.loss
             metrics |= {"value_loss": over_tokens(error.loss), "value_clip_fraction": over_tokens(error.clipped)}
