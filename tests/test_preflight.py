@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxsft
-from jaxsft import hub, models, objectives, optim, preflight, sharding, train, tree, tuning
+from jaxsft import hub, models, objectives, optim, preflight, session, sharding, train, tree, tuning
 from jaxsft.preflight import Sections
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +71,27 @@ def test_weights_and_optimizer_are_to_the_byte_those_of_the_run(given):
     assert need.optimizer == on_first(state.opt_state)
     assert need.trained == tree.count(trainable)
     assert need.working > 0
+
+
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_a_critic_and_a_reference_take_what_they_take_in_the_run_and_rows_are_shared_out(critic):
+    """Of three answers to a step, which four devices and two microbatches make eight rows of."""
+    mesh = sharding.Config(2, 2, 2)
+    given = sections(mesh=mesh, method="full", length=32, batch_size=3, microbatches=2)
+    work = preflight.over_rollouts({"value_coef": 0.1}, answers=6, critic=critic, reference=True)
+    need = preflight.measure(work, given)
+    _, frozen, trainable, tx, placed = real(given)
+    model, _ = hub.load_variables(given.model.path, placed)
+    learner = session.with_reference(
+        tuning.Learner(model, tuning.plan(given.tuning, model.config.layers), trainable, frozen)
+    )
+    learner = session.with_critic(learner, critic, placed)
+    state = train.init(learner.trainable, tx, jax.random.key(0), placed)
+    assert need.weights == on_first((state.trainable, learner.frozen))
+    assert need.optimizer == on_first(state.opt_state)
+    row = 4 * 32 + 32 + 2 * 4 * 32 + 5 * 4 * 32 + 1  # tokens, mask, positions, segments, five numbers, a flag
+    assert need.batch == 2 * row
+    assert need.cache > 0
 
 
 def test_the_abstract_state_is_the_state_without_its_numbers():

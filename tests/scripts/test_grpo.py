@@ -3,7 +3,7 @@ import pytest
 from jaxsft.reinforce import SAMPLES
 from jaxsft.run import RunError, read_metrics
 
-from .test_ppo import arguments, prompts  # noqa: F401
+from .test_ppo import alone, arguments, prompts  # noqa: F401
 
 GRPO = {"train__samples": 3, "train__iterations": 2, "train__prompts": 5, "grpo__kl_coef": 0.1}
 
@@ -54,9 +54,3 @@ def test_a_reward_function_that_never_works_ends_the_run_and_says_why(run_here, 
 def test_one_answer_to_a_prompt_cannot_be_compared(run_here, small, prompts, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"grpo compares answers to one prompt; train.samples is 1, give 2 or more"):
         run_here("grpo", *arguments(small, prompts, tmp_path / "run", **GRPO | {"train__samples": 1}))
-
-
-def test_a_plan_reads_no_weights(run_here, small, prompts, tmp_path, capsys):  # noqa: F811
-    run_here("grpo", *arguments(small, prompts, tmp_path / "none", **GRPO, run__plan="true"))
-    assert "what one device needs" in capsys.readouterr().out
-    assert not (tmp_path / "none").exists()

@@ -2,9 +2,11 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from safetensors.numpy import load_file
 
+from jaxsft import preflight, sharding
 from jaxsft.reinforce import SAMPLES
 from jaxsft.run import RunError, read_metrics
 
@@ -22,6 +24,15 @@ def picky(prompt, completion, answer):
 def never(prompt, completion):
     raise ValueError("this one never works")
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """One device of the eight, for which programs compile in half the time."""
+    make = sharding.mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "mesh", lambda *_, **__: make(1, 1, 1, devices=jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +159,12 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(run_here, small, pro
     assert "ppo.cliprange" in capsys.readouterr().err
 
 
-def test_a_plan_reads_no_weights(run_here, small, prompts, tmp_path, capsys):
-    """For devices that do not divide the answers of a step."""
-    more = {"run__plan": "true", "mesh__data": 4, "mesh__fsdp": 1, "mesh__tensor": 1, "train__microbatches": 2}
-    run_here("ppo", *arguments(small, prompts, tmp_path / "none", **more))
-    shown = capsys.readouterr().out
-    assert "what one device needs" in shown
-    assert "cache of answers" in shown
+@pytest.mark.parametrize("script", ["ppo", "grpo"])
+def test_a_plan_reads_no_weights(script, run_here, small, prompts, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight, "show", lambda work, sections, device_gb: asked.append((work, sections)))
+    run_here(script, *arguments(small, prompts, tmp_path / "none", run__plan="true"))
+    [(work, sections)] = asked
+    assert (work.critic, work.reference, work.answers) == {"ppo": ("own", True, 7), "grpo": ("", False, 56)}[script]
+    assert (sections.length, sections.train.batch_size) == (38, work.answers)
     assert not (tmp_path / "none").exists()
