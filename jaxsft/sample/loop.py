@@ -3,7 +3,7 @@
 A slot that has finished its answer takes the next one at once (continuous batching: Yu et al. 2022, Orca), so a long
 answer holds one slot and not the batch. Several answers to a prompt share what was computed of it.
 
-    pool    R prompts at a time, read together; a slot that takes one copies it, `samples` slots in turn
+    pool    a piece of the queue, read at one time; a slot that takes a prompt copies it, `samples` slots in turn
     slots   B answers in progress; slot s of a row's cache holds its token at position s, so each row has its own cursor
             and whatever lies ahead of it, where nothing looks, is written over
 
@@ -84,11 +84,8 @@ class _Slots(NamedTuple):
 def run(model: Model, variables: Mapping, job: Job, shape: Shape) -> Out:
     """Answers all prompts; one program for all jobs of the same shape."""
     A = len(job.seeds)
-    read, take, advance = (
-        _reader(model, variables, job, shape),
-        _taker(job, shape),
-        _advancer(model, variables, job, shape),
-    )
+    read, take = _reader(model, variables, job, shape), _taker(job, shape)
+    advance = _advancer(model, variables, job, shape)
 
     def fill(carry):
         def wanted(carry):
