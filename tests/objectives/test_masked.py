@@ -29,7 +29,9 @@ def echo(**options):
         return SHARP * jax.nn.one_hot(tokens, V)
 
     never = lambda *_: pytest.fail("nobody asks for it")
-    objective = masked(Model(CONFIG, never, features, never, lambda variables: jnp.eye(V), never, never), **options)
+    objective = masked(
+        Model(CONFIG, never, features, never, lambda variables: jnp.eye(V), never, never, never), **options
+    )
     compiled = jax.jit(lambda batch, key: objective({}, batch, key))
 
     def run(batch, key):

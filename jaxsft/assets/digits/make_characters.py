@@ -1,6 +1,6 @@
 """Makes the tokenizer in this folder: one token a character, 0 to 9 , : and =.
 
-python jaxsft/assets/digits/make_tokenizer.py --out runs/digits_tokenizer
+python jaxsft/assets/digits/make_characters.py --out runs/digits_tokenizer
 cp runs/digits_tokenizer/* jaxsft/assets/digits/
 """
 
