@@ -76,6 +76,7 @@ def main(cfg: Config) -> None:
         scale=g.scale,
         samples=cfg.train.samples,
         reference=g.kl_coef > 0,
+        old=cfg.train.epochs * cfg.train.minibatches > 1,
         temperature=temperature,
         judge=judge,
         judge_weight=cfg.reward.model_weight,

@@ -148,6 +148,7 @@ def assess(
     *,
     temperature: float,
     reference: bool,
+    old: bool = True,
     judge: Model | None = None,
     pieces: int = 1,
     chunk: int | None = None,
@@ -160,6 +161,7 @@ def assess(
       tokens: packed episodes.
       temperature: see `read`.
       reference: is the reference asked?
+      old: is the policy? Not needed without critic and reference where one step learns from all, which is fresh.
       judge: the reward model; its score is that at an answer's last token.
       pieces: how many pieces.
       chunk: see `losses.logprobs`.
@@ -167,18 +169,20 @@ def assess(
     nothing = jnp.zeros(tokens.tokens[: len(tokens.tokens) // pieces].shape, jnp.float32)
 
     def one(piece: Tokens) -> Assessed:
-        own = read(model, policy_of(variables), piece, None, temperature=temperature, chunk=chunk)
-        again = reference_variables(variables) if reference else None
-        other = read(model, again, piece, None, temperature=temperature, chunk=chunk).logprobs if again else nothing
-        value = values(model, variables, piece, own.features, None) if "value" in variables else nothing
+        ask = lambda whom: read(model, whom, piece, None, temperature=temperature, chunk=chunk)
+        learned = losses.shift(piece.tokens, piece.mask, piece.segments)[1]
+        own = ask(policy_of(variables)) if old or "value" in variables else None
+        drawn = own.logprobs if own else nothing
+        other = ask(reference_variables(variables)).logprobs if reference else nothing
+        value = values(model, variables, piece, own.features, None) if own and "value" in variables else nothing
         score = nothing
         if judge is not None:
             texts = seen_as(variables, "reward")
             features = judge.features(texts, piece.tokens, piece.positions, piece.segments)
             score = jnp.roll(scores(texts, features), -1, axis=1)
         hold = lambda x, where: jnp.where(where, x, 0.0)
-        old, other, value = (hold(x, own.learned) for x in (own.logprobs, other, value))
-        return Assessed(old, other, value, hold(score, losses.last(own.learned)))
+        drawn, other, value = (hold(x, learned) for x in (drawn, other, value))
+        return Assessed(drawn, other, value, hold(score, losses.last(learned)))
 
     found = jax.lax.map(one, sharding.cut(tokens, pieces))
     return jax.lax.stop_gradient(sharding.join(found))

@@ -114,6 +114,7 @@ def scoring(
     scale: Scale | None = None,
     samples: int,
     reference: bool = False,
+    old: bool = True,
     temperature: float = 1.0,
     judge: Model | None = None,
     judge_weight: float = 0.0,
@@ -127,6 +128,7 @@ def scoring(
       method, scale: see `GRPO`.
       samples: answers to each prompt; those of one prompt stand beside each other.
       reference: does it run? The divergence then is known, and charged by the methods that charge it.
+      old: is the policy asked, too? Not needed without reference where one step learns from all answers.
       temperature, judge, judge_weight, pieces, chunk: see `ppo.scoring`.
 
     Returns:
@@ -151,7 +153,7 @@ def scoring(
         kl_coef: Float[Array, ""],
     ) -> Judged:
         how = {"temperature": temperature, "reference": reference, "judge": judge, "pieces": pieces, "chunk": chunk}
-        found = assess(model, variables, tokens, **how)
+        found = assess(model, variables, tokens, old=old or reference, **how)
         rewards = rewarded(found, episode, given, judge_weight)
         whole = losses.shift(tokens.tokens, tokens.mask, tokens.segments)[1]
         tokens = heard(tokens, episode, silent)
@@ -178,7 +180,7 @@ def scoring(
         deviation = jnp.nan_to_num(jnp.nanstd(groups, axis=1))  # nan: no answer of the group has a reward
         alike = ~(jnp.nanmin(groups, axis=1) < jnp.nanmax(groups, axis=1))  # a deviation of equal ones is rounded
         metrics = {"reward_deviation": deviation.mean(), "alike": alike.mean()}
-        metrics |= told(found, learned, "k3", judge is not None) if reference or judge is not None else {}
+        metrics |= told(found, learned, "k3" if reference else None, judge is not None)
         nothing = jnp.zeros_like(advantage)
         return Judged(rollouts(tokens, found, advantage, nothing), rewards, metrics)
 

@@ -121,12 +121,16 @@ def heard(tokens: Tokens, episode: Int[Array, "B T"], silent: Bool[Array, "N"]) 
     return tokens._replace(mask=tokens.mask & ~jnp.append(silent, True)[episode])
 
 
-def told(found: Assessed, learned: Bool[Array, "B T"], estimator: str, judged: bool) -> dict[str, Float[Array, ""]]:
-    """The divergence from the reference, a token and an answer, and what the reward model says."""
-    divergence, ends = losses.kl(found.old, found.reference, learned, estimator=estimator), losses.last(learned)
-    answers = jnp.maximum(ends.sum(), 1)
+def told(
+    found: Assessed, learned: Bool[Array, "B T"], estimator: str | None, judged: bool
+) -> dict[str, Float[Array, ""]]:
+    """The divergence from the reference, a token and an answer, and what the reward model says, if they were asked."""
+    ends = losses.last(learned)
     score = {"reward_model": mean(found.score, ends)} if judged else {}
-    return {"kl": mean(divergence, learned), "kl_answer": divergence.sum() / answers} | score
+    if estimator is None:
+        return score
+    divergence = losses.kl(found.old, found.reference, learned, estimator=estimator)
+    return {"kl": mean(divergence, learned), "kl_answer": divergence.sum() / jnp.maximum(ends.sum(), 1)} | score
 
 
 def rollouts(tokens: Tokens, found: Assessed, advantage: Float[Array, "B T"], returns: Float[Array, "B T"]) -> Rollouts:

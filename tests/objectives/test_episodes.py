@@ -78,6 +78,14 @@ def test_who_is_not_asked_says_nothing():
         np.testing.assert_allclose(rl.by_episode(found.old, episode, number, rl.learned(tokens)), wanted, **CLOSE)
 
 
+def test_a_policy_that_learns_in_one_step_need_not_be_asked():
+    variables = episodes.policy_of(rl.learner("lora").variables)
+    tokens, _ = rl.drawn().packed
+    assess = functools.partial(episodes.assess, rl.MODEL, temperature=1.0, reference=False, old=False)
+    assert not any(np.asarray(part).any() for part in jax.jit(assess)(variables, tokens))
+    assert "dot_general" not in str(jax.make_jaxpr(assess)(variables, tokens))
+
+
 def test_temperature_0_is_read_as_1():
     variables = episodes.policy_of(rl.learner("lora").variables)
     tokens, _ = rl.drawn().packed

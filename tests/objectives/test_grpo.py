@@ -169,3 +169,11 @@ def test_an_unknown_method_is_refused_with_those_that_are_known():
         objectives.grpo_learning(GRPO(method="grop"), max_new_tokens=8)
     with pytest.raises(ValueError, match="'grop' is not known"):
         grpo.scoring(rl.MODEL, method="grop", samples=4)
+
+
+def test_a_divergence_is_told_where_there_is_a_reference_alone(monkeypatch):
+    told = lambda reference: set(
+        rl.scored(monkeypatch, grpo, rl.assessed(), samples=SAMPLES, reference=reference, judge=rl.MODEL)(GIVEN).metrics
+    )
+    assert told(True) - told(False) == {"kl", "kl_answer"}
+    assert "reward_model" in told(False)
