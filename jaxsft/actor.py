@@ -68,8 +68,7 @@ def act(model: Model, tokenizer: Any, stop: Sequence[int], how: sample.Config, j
         seconds = time.perf_counter() - start
         again = lambda part: [one for one in part for _ in range(samples)]
         repeated = Asked(again(asked.ids), again(asked.texts), again(asked.fields))
-        texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in sample.answers(found)]
-        answers = [sample.until(text, how.stop) for text in texts]
+        answers = sample.texts(found, tokenizer, how.stop)
         written = zip(repeated.fields, sample.answers(found), strict=True)
         scored = judge(repeated.texts, answers, [{**fields, "completion_ids": ids} for fields, ids in written])
         if jax.process_count() > 1:
