@@ -13,7 +13,7 @@ FLOORS = [
     {"tree", "types", "config", "run", "report", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "rewards"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
-    {"train", "results", "actor", "voice"},
+    {"train", "results", "actor", "voice", "rag"},
     {"session", "sections", "preflight", "reinforce"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
