@@ -14,7 +14,7 @@ FLOORS = [
     {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "rewards"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
     {"train", "results", "actor", "voice", "rag"},
-    {"session", "sections", "preflight", "reinforce"},
+    {"session", "sections", "preflight", "reinforce", "talk"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
 GROUND = {"report": {"run"}, "types": {"tree"}, "quant": {"tree"}, "run": set(), "config": set()}

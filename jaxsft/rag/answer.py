@@ -84,7 +84,8 @@ def quote(text: str) -> str:
 def fit(question: str, hits: Sequence[Hit], tokenizer: Any, room: int, *, history: Sequence[Message] = ()) -> Asked:
     """Writes as many passages as a model has room for, the best first.
 
-    What does not fit is left out from the worst passage on; then the oldest turns; then the end of the best passage.
+    What does not fit is left out from the worst passage on; then the oldest turns, a system message last of them; then
+    the end of the best passage.
 
     Args:
       question: as it was asked.
@@ -103,8 +104,11 @@ def fit(question: str, hits: Sequence[Hit], tokenizer: Any, room: int, *, histor
             f"the question with its rules is {needed} tokens long, and there is room for {room}; shorten it, or leave "
             "the answer less of it by sample.max_new_tokens"
         )
-    while history and len(ids(hits[:1], history)) > room:
-        history = history[2:]
+    first = [message for message in history[:1] if message.role == "system"]
+    turns = history[len(first) :]
+    while turns and len(ids(hits[:1], first + turns)) > room:
+        turns = turns[2:]
+    history = first + turns if turns or len(ids(hits[:1], first)) <= room else []
     count = _most(len(hits), lambda count: len(ids(hits[:count], history)) <= room)
     kept = tuple(hits[:count])
     if hits and not kept:

@@ -91,6 +91,15 @@ def test_the_worst_passages_go_first_then_the_oldest_turns_then_the_best_passage
     assert len(asked.ids) <= room
 
 
+def test_a_system_message_stays_longest(tokenizer):
+    system = Message("system", "Be brief.")
+    room = length(tokenizer, HITS[:1], [system])
+    asked = answer.fit("When?", HITS, tokenizer, room, history=[system, *TALK])
+    assert asked.ids == prompt_ids(answer.messages("When?", HITS[:1], [system]), tokenizer)
+    shorter = answer.fit("When?", HITS, tokenizer, room - 1, history=[system, *TALK])
+    assert shorter.ids == prompt_ids(answer.messages("When?", HITS[:1]), tokenizer)
+
+
 @pytest.mark.parametrize("room", [150, 170, 200, 240, 300, 1000])
 def test_a_prompt_is_never_longer_than_its_room(tokenizer, room):
     assert len(answer.fit("When?", HITS, tokenizer, room, history=TALK).ids) <= room
