@@ -1,6 +1,7 @@
 """A checkpoint folder as a model: what its config.json describes, and where its weights are."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -44,6 +45,14 @@ def read_config(folder: Path, labels: int | None = None) -> tuple[Family, ModelC
         head = [names.stored(family, name.hf, files) for name in family.names if name.path.startswith("mlm/")]
         return family, dataclasses.replace(config, mlm=not files.keys().isdisjoint(head))
     return family, config
+
+
+def headless(family: Family, config: ModelConfig, files: Collection[str]) -> tuple[ModelConfig, set[str]]:
+    """The config of the same model without what makes scores of tokens, and what that is called in `files`."""
+    head = {names.stored(family, name.hf, files) for name in family.names if name.path.startswith(("mlm/", "head/"))}
+    if isinstance(config, EncoderConfig):
+        return dataclasses.replace(config, mlm=False), head
+    return (config if config.labels else dataclasses.replace(config, tied=True)), head
 
 
 def has_weights(folder: Path) -> bool:

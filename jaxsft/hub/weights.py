@@ -16,7 +16,7 @@ from jaxsft import lora, quant, sharding, tree
 from jaxsft.hub import names
 from jaxsft.hub.disk import check, part_of
 from jaxsft.hub.files import CheckpointError, read_json, resolve
-from jaxsft.hub.source import open_weights, read_config, shapes
+from jaxsft.hub.source import headless, open_weights, read_config, shapes
 from jaxsft.hub.vocabulary import Vocabulary, grown, with_rows
 from jaxsft.models import TABLES, Model, ModelConfig, build
 from jaxsft.tree import Pattern, Tree
@@ -75,6 +75,7 @@ def load_variables(
     lora_dropout: float = 0.0,
     labels: int | None = None,
     key: Key | None = None,
+    head: bool = True,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, dict[str, Tree]]:
     """Loads a Hugging Face checkpoint, its kernels packed if wanted; the other arguments are those of `load`.
@@ -85,6 +86,7 @@ def load_variables(
       labels: 1 for a reward model. From a language model all but its output layer is loaded then, and the score is
         drawn, float32 as it is to train. By default the checkpoint is what its config.json says.
       key: draws the score: normal, of the deviation that config.json has for initializer_range, else 0.02.
+      head: False for the hidden states alone: what makes scores of tokens is not read, and may be missing.
 
     Returns:
       (model, variables): {"params": ...}, and "packed" where there is something packed.
@@ -106,6 +108,7 @@ def load_variables(
     family, config = read_config(folder, labels)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     reader = open_weights(folder)
+    config, left_out = (config, set()) if head else headless(family, config, reader.files)
     leaves, config = tree.flat(shapes(config, cut)), with_rows(config, vocabulary)
     placed = sharding.shardings(shapes(config, cut), family.rules, mesh)
     packs = _packs(leaves, quantise)
@@ -127,7 +130,7 @@ def load_variables(
             grows = vocabulary if tree.matches(TABLES, path_) else None
             params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place, grows)
     spare = {copy for copy, _ in family.copies} if config.tied or config.labels else set()
-    if unknown := sorted(n for n in set(reader.files) - wanted - spare if not names.unused(family, n)):
+    if unknown := sorted(n for n in set(reader.files) - wanted - spare - left_out if not names.unused(family, n)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")

@@ -50,7 +50,7 @@ class Family(NamedTuple):
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     names: tuple[Name, ...]  # those that a config leaves out (biases, an untied head) are simply not in its tree
     rules: Rules  # (path pattern, PartitionSpec), first match; there is no catch-all
-    prefix: str = ""  # of the names of all but the heads; a checkpoint of the base model alone leaves it out
+    prefix: str = "model."  # of the names of all but the heads; a checkpoint of the base model alone leaves it out
     # (name, name): where weights are tied, a file may hold one under a second name, which follows that of the first.
     copies: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     unused: tuple[str, ...] = ()  # patterns over names of tensors that nothing here computes with: copied as they are
