@@ -1,0 +1,50 @@
+"""Fusion: one order of passages out of two, by their words and by their meaning.
+
+`scores` is the default: half the BM25 score over the best passage's, half the cosine as it is. The cosine is not
+stretched to the range it has among the candidates, on purpose. An embedder that cannot tell passages apart, such as an
+English one asked in Chinese, gives them all about the same cosine, and so has no say; by ranks it would have half. With
+all-MiniLM-L6-v2, recall of the right passage among the first and the first five, all questions:
+
+                              BM25          cosine        ranks         scores
+    XQuAD, English            0.935 0.989   0.897 0.988   0.953 0.990   0.944 0.993
+    XQuAD, Chinese            0.928 0.990   0.165 0.341   0.396 0.676   0.922 0.993
+    PubMedQA                  0.960 0.987   0.981 0.994   0.987 0.994   0.981 0.994
+
+Sources: Bruch, Gai and Ingber 2022, arXiv:2210.11934 (convex combination, normalised by the least a score can be);
+Cormack, Clarke and Büttcher 2009 (reciprocal ranks).
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+
+def scores(
+    words: Float[np.ndarray, "N"], meaning: Float[np.ndarray, "N"], weight: float = 0.5
+) -> Float[np.ndarray, "N"]:
+    """A convex combination of scores, equation 5 of Bruch et al.: BM25 over its best, and the cosine itself.
+
+    Args:
+      words: BM25 of some passages, 0 where the question's words are not in it.
+      meaning: their cosines with the question.
+      weight: of the words.
+
+    Example:
+      >>> scores(np.array([8.0, 4.0, 0.0]), np.array([0.2, 0.8, 0.6]))
+      array([0.6 , 0.65, 0.3 ])
+    """
+    return weight * words / max(float(np.max(words, initial=0.0)), 1e-9) + (1 - weight) * meaning
+
+
+def ranks(words: Float[np.ndarray, "N"], meaning: Float[np.ndarray, "N"], k: int = 60) -> Float[np.ndarray, "N"]:
+    """Reciprocal rank fusion: the sum of 1 / (k + rank), ranks from 1; equal scores keep their order.
+
+    Args:
+      words, meaning: as for `scores`; a passage without the question's words has no rank among them.
+      k: how little the first ranks stand out.
+
+    Example:
+      >>> ranks(np.array([8.0, 4.0, 0.0]), np.array([0.2, 0.8, 0.6])).round(4)
+      array([0.0323, 0.0325, 0.0161])
+    """
+    rank = lambda values: np.argsort(np.argsort(-values, kind="stable"), kind="stable") + 1
+    return np.where(words > 0, 1 / (k + rank(words)), 0.0) + 1 / (k + rank(meaning))
