@@ -7,19 +7,21 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TypeVar, get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 C = TypeVar("C")
 
 
-def parse(kind: type[C], args: Sequence[str] | None = None) -> C:
+def parse(kind: type[C], args: Sequence[str] | None = None, *, command: str = "") -> C:
     """Reads a configuration; the program ends with status 2 and one clear message if it is wrong.
 
     Args:
       kind: a dataclass, whose fields are values or dataclasses; the string under a field is its help.
       args: the command line without the program's name; that of the process by default.
+      command: the word before `args`, of a program that has several; see `commands`.
 
     Returns:
       an instance of `kind`: its defaults, then the YAML of `--config`, then the command line, later ones first.
@@ -35,8 +37,9 @@ def parse(kind: type[C], args: Sequence[str] | None = None) -> C:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    summary = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(description=summary, exit_on_error=False)
+    about = kind.__doc__ if command else sys.modules[kind.__module__].__doc__ or kind.__doc__
+    program = f"{Path(sys.argv[0]).name} {command}" if command else None
+    parser = ArgumentParser(prog=program, description=(about or "").split("\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file of the keys below, by section")
     parser.add_class_arguments(kind)
     try:
@@ -48,6 +51,39 @@ def parse(kind: type[C], args: Sequence[str] | None = None) -> C:
         print(f"error: {explain(str(error), keys(kind) + item_keys(kind))}{where}", file=sys.stderr)
         raise SystemExit(2) from None
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def commands(kinds: Mapping[str, type], args: Sequence[str] | None = None) -> Any:
+    """Reads the command line of a program with several commands, of which the first word says which.
+
+    Args:
+      kinds: the configuration of each command; the first line of its docstring is its help.
+      args: as for `parse`.
+
+    Returns:
+      an instance of the command's configuration.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Find:
+      ...     query: str = ""
+      >>> commands({"find": Find}, ["find", "--query", "lamp"])
+      Find(query='lamp')
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    name = words[0] if words else "--help"
+    if name in kinds:
+        return parse(kinds[name], words[1:], command=name)
+    if name in ("-h", "--help"):
+        lines = [f"  {known:10} {(kind.__doc__ or '').splitlines()[0]}" for known, kind in kinds.items()]
+        program = Path(sys.argv[0]).name
+        print(f"usage: {program} COMMAND [--key value ...]\n\ncommands:", *lines, sep="\n")
+        print(f"\n{program} COMMAND --help lists the keys of a command")
+        raise SystemExit(0)
+    near = difflib.get_close_matches(name, kinds, 1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    print(f"error: unknown command {name!r}; {hint}there are {', '.join(kinds)}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def keys(kind: type, prefix: str = "") -> list[str]:

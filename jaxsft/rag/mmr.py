@@ -7,9 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 
-def select(
-    relevance: Float[np.ndarray, "N"], vectors: Float[np.ndarray, "N D"], k: int, diversity: float
-) -> list[int]:
+def select(relevance: Float[np.ndarray, "N"], vectors: Float[np.ndarray, "N D"], k: int, diversity: float) -> list[int]:
     """Chooses k of N candidates, one after the other.
 
     Each time the one is taken with the greatest (1 - diversity) relevance - diversity (largest cosine with one taken

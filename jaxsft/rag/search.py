@@ -21,7 +21,10 @@ from jaxsft.run import RunError
 
 DEPTH = 50  # candidates by words, and as many by meaning, at least
 RERANKED = 30  # of them, the first ones, that a second opinion is asked about
-PROBES, REFINE = 20, 4  # parts of the inverted file that are looked into; candidates compared exactly, in units of DEPTH
+PROBES, REFINE = (
+    20,
+    4,
+)  # parts of the inverted file that are looked into; candidates compared exactly, in units of DEPTH
 COLUMNS = ["id", "vector", "text", "source", "title", "heading", "start", "end", "page", "tags"]
 Mode = Literal["hybrid", "dense", "text"]
 Rerank = Callable[[str, Sequence[str]], Sequence[float]]
@@ -38,11 +41,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Searcher:
-    """A store with what it is asked by.
-
-    Raises:
-      RunError: the store was made with another embedder.
-    """
+    """A store with what it is asked by."""
 
     store: Store
     embedder: Any  # see rag.embed; none is needed to search by words alone
@@ -64,7 +63,7 @@ class Searcher:
           diversity: from 0 to 1, how much hits are to differ, see rag.mmr.
 
         Raises:
-          RunError: the store cannot be read, or a filter is wrong.
+          RunError: the store cannot be read or was made with another embedder, or a filter is wrong.
         """
         [hits] = self.find_all([question], k=k, mode=mode, where=where, diversity=diversity)
         return hits
@@ -81,8 +80,8 @@ class Searcher:
         """The same for many questions, which are embedded together."""
         if k < 1 or mode not in ("hybrid", "dense", "text"):
             raise RunError(f"k is {k} and the mode {mode!r}; give at least 1, and one of hybrid, dense, text")
-        if mode != "text" and self.embedder.digest != self.store.about.digest:
-            store.open(self.store.uri, digest=self.embedder.digest, embedder=self.embedder.name)
+        if mode != "text":
+            store.check(self.store, self.embedder)
         vectors = [None] * len(questions) if mode == "text" else self.embedder.queries(questions)
         return [
             self._one(question, vector, k, mode, where, diversity) if question.strip() else []
@@ -146,5 +145,7 @@ def _candidates(rows: Any, words: Sequence[float]) -> dict[str, Candidate]:
     for number, row in enumerate(rows.drop_columns(["vector"]).to_pylist()):
         place = {name: row[name] for name in ("title", "heading", "start", "end", "page")}
         tags = dict(tag.split("=", 1) for tag in row["tags"])
-        found[row["id"]] = Candidate(Passage(row["text"], row["source"], **place, tags=tags), flat[number], words[number])
+        found[row["id"]] = Candidate(
+            Passage(row["text"], row["source"], **place, tags=tags), flat[number], words[number]
+        )
     return found

@@ -50,12 +50,12 @@ class Store(NamedTuple):
     files: Any
 
 
-def open(uri: str, *, digest: str = "", embedder: str = "") -> Store:  # noqa: A001
+def open(uri: str, embedder: Any = None) -> Store:
     """Opens a store.
 
     Args:
       uri: a folder, or a URI of an object store.
-      digest, embedder: of the embedder it is to be used with, if any.
+      embedder: that it is to be used with, if any; see rag.embed.
 
     Raises:
       RunError: there is no store, it is damaged or of another format, or was made with another embedder.
@@ -64,26 +64,35 @@ def open(uri: str, *, digest: str = "", embedder: str = "") -> Store:  # noqa: A
       >>> open("no such folder")
       Traceback (most recent call last):
       ...
-      jaxsft.run.RunError: there is no store at no such folder; make one with: scripts/rag.py index --docs FOLDER --store no such folder
+      jaxsft.run.RunError: there is no store at no such folder; make one with: scripts/rag.py index --docs FOLDER ...
     """
     if not exists(uri):
-        raise RunError(
-            f"there is no store at {uri}; make one with: scripts/rag.py index --docs FOLDER --store {uri}"
-        )
+        raise RunError(f"there is no store at {uri}; make one with: scripts/rag.py index --docs FOLDER --store {uri}")
     with reading(uri):
         database = connect(uri)
         [row] = database.open_table(ABOUT).search().limit(2).to_list()
         if row["format"] != FORMAT:
             raise RunError(f"{uri} is a store of format {row['format']}, and this reads {FORMAT}; index into a new one")
         store = Store(uri, About(**row), database.open_table(PASSAGES), database.open_table(FILES))
-        store.passages.count_rows(), store.files.count_rows()
-    if digest and digest != store.about.digest:
-        raise RunError(
-            f"{uri} was made with the embedder {store.about.embedder} ({store.about.digest}), not with {embedder} "
-            f"({digest}), whose vectors mean something else; use --embedder {store.about.embedder}, or index into a "
-            "new store"
-        )
+        for table in (store.passages, store.files):
+            table.count_rows()
+    if embedder is not None:
+        check(store, embedder)
     return store
+
+
+def check(store: Store, embedder: Any) -> None:
+    """Sees that an embedder is the one that a store was made with.
+
+    Raises:
+      RunError: it is not.
+    """
+    if embedder.digest != store.about.digest:
+        raise RunError(
+            f"{store.uri} was made with the embedder {store.about.embedder} ({store.about.digest}), not with "
+            f"{embedder.name} ({embedder.digest}), whose vectors mean something else; use --embedder "
+            f"{store.about.embedder}, or index into a new store"
+        )
 
 
 def exists(uri: str) -> bool:

@@ -1,8 +1,8 @@
 """Filters of a search: key=value conditions, written as SQL in which every value is quoted.
 
-    source=handbook/*    the document's name; * stands for anything
-    kind=pdf, page=3     the file's ending, the page
-    lang!=en             any other key is a tag: front matter, a column of a table
+source=handbook/*    the document's name; * stands for anything
+kind=pdf, page=3     the file's ending, the page
+lang!=en             any other key is a tag: front matter, a column of a table
 """
 
 import re

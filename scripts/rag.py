@@ -1,0 +1,188 @@
+"""Retrieval: index a folder of documents, and search it.
+
+    python scripts/rag.py index --docs handbook --store runs/store
+    python scripts/rag.py index --docs handbook --store runs/store --watch true
+    python scripts/rag.py search --store runs/store --query "Who looks after the lamp?"
+    python scripts/rag.py search --store runs/store --query lamp --mode text --where 'source=lamps/*' --k 10
+    python scripts/rag.py search --store runs/store --query lamp --where '["kind=pdf", "lang!=en"]' --diversity 0.3
+
+`index` brings the store up to date: what is new or changed is read and embedded, what is gone is taken out. It may be
+killed at any time and started again. A file that cannot be read is told at the end, and makes the exit status 1.
+"""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxsft import config, report, run
+from jaxsft.rag import embed, store, watch
+from jaxsft.rag import index as indexing
+from jaxsft.rag.search import Searcher
+
+SIZE, OVERLAP = 256, 32  # tokens of a passage where nothing else is said
+
+
+@dataclass(frozen=True)
+class Index:
+    """Bring a store up to date with a folder of documents."""
+
+    docs: str = ""
+    """the folder of documents: txt, md, html, pdf, docx, csv, json, jsonl, in folders of any depth"""
+    store: str = "runs/store"
+    """the folder of the store, or a place like s3://bucket/store; it is made if there is none"""
+    embedder: str = ""
+    """a folder or hub name of a sentence encoder; by default the store's, or all-MiniLM-L6-v2"""
+    watch: bool = False
+    """go on: whenever something in the folder changes, bring the store up to date, until Ctrl-C"""
+    size: int | None = None
+    """tokens of a passage at most; by default the store's, or 256, or as many as the embedder takes; another size than
+    before cuts all documents anew"""
+    overlap: int | None = None
+    """tokens that a passage repeats of the one before it; by default the store's, or 32"""
+    max_mb: float = 100.0
+    """the largest file to read, in 10^6 bytes; tables (csv, jsonl) may be larger, since they are read row by row"""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Search a store for the passages that answer a question."""
+
+    store: str = "runs/store"
+    """the store"""
+    query: str = ""
+    """the question, in any words"""
+    embedder: str = ""
+    """the encoder that the store was made with, where it lies elsewhere now"""
+    k: int = 5
+    """how many passages to show"""
+    mode: Literal["hybrid", "dense", "text"] = "hybrid"
+    """by words and meaning, by meaning alone, or by words alone"""
+    where: list[str] | str = field(default_factory=list)
+    """a filter or several, key=value or key!=value, with * for anything: source, title, heading, kind (the file's
+    ending), page, or any tag of a document"""
+    rerank: str = ""
+    """a folder or hub name of a cross encoder that puts the best candidates in order"""
+    diversity: float = 0.0
+    """from 0 to 1, how much the passages are to differ from each other"""
+
+
+COMMANDS = {"index": Index, "search": Search}
+
+
+def encoder(path: str, made_with: str) -> Any:
+    """The embedder that was asked for, or the one that a store was made with."""
+    return embed.load(path or ("" if made_with == embed.DEFAULT else made_with))
+
+
+def opened(cfg: Index) -> tuple[store.Store, Any]:
+    """The store, made if there is none, and its embedder."""
+    if store.exists(cfg.store):
+        found = store.open(cfg.store)
+        embedder = encoder(cfg.embedder, found.about.embedder)
+        store.check(found, embedder)
+        about = found.about
+    else:
+        embedder = encoder(cfg.embedder, embed.DEFAULT)
+        size = min(SIZE, embedder.max_tokens)
+        about = store.About(embedder.name, embedder.digest, embedder.dim, size, min(OVERLAP, size // 4))
+        found = None
+    wanted = replace(
+        about,
+        size=about.size if cfg.size is None else cfg.size,
+        overlap=about.overlap if cfg.overlap is None else cfg.overlap,
+    )
+    if not 1 <= wanted.size <= embedder.max_tokens or not 0 <= wanted.overlap < wanted.size:
+        raise run.RunError(
+            f"passages of {wanted.size} tokens that overlap by {wanted.overlap}: {embedder.name} takes from 1 to "
+            f"{embedder.max_tokens} tokens, and the overlap has to be less than the size; change --size or --overlap"
+        )
+    if found is None:
+        return store.create(cfg.store, wanted), embedder
+    return (found if wanted == about else store.describe(found, wanted)), embedder
+
+
+@contextmanager
+def bar():
+    """Shows how far an update has come."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    figures = TextColumn("{task.fields[files]} files, {task.fields[passages]} passages, {task.fields[speed]}/s, left")
+    with Progress(TextColumn("indexing"), BarColumn(), figures, TimeRemainingColumn(), TimeElapsedColumn()) as shown:
+        task = shown.add_task("", total=None, files="0", passages="0", speed="-")
+
+        def show(state: indexing.Progress) -> None:
+            seconds = shown.tasks[0].elapsed or 0.0
+            speed = f"{state.passages / seconds:,.0f}" if seconds else "-"
+            fields = {"files": f"{state.files}/{state.of_files}", "passages": f"{state.passages:,}", "speed": speed}
+            shown.update(task, completed=state.size, total=max(state.of_size, 1), **fields)  # type: ignore[arg-type]
+
+        yield show
+
+
+def tell(outcome: indexing.Outcome) -> None:
+    files = f"{outcome.new} new, {outcome.changed} changed, {outcome.gone} gone, {outcome.same} as before"
+    written = f"{outcome.passages:,} passages of {outcome.documents:,} documents"
+    report.summary("indexed", {"files": files, "written": written, "not readable": len(outcome.failed)})
+    if outcome.failed:
+        report.table("files that could not be read", ("file", "reason"), outcome.failed, lines=False)
+
+
+def index(cfg: Index) -> None:
+    docs = Path(cfg.docs)
+    if not cfg.docs or not docs.is_dir():
+        raise run.RunError(f"there is no folder {cfg.docs!r} with documents; give --docs the folder to index")
+    with store.writing(cfg.store):
+        into, embedder = opened(cfg)
+
+        def update() -> indexing.Outcome:
+            with bar() as show:
+                outcome = indexing.update(into, docs, embedder, max_bytes=int(cfg.max_mb * 1e6), show=show)
+            tell(outcome)
+            return outcome
+
+        outcome = update()
+        if cfg.watch:
+            print(f"watching {docs}; Ctrl-C ends it", flush=True)
+            own = None if store.remote(cfg.store) else Path(cfg.store)
+            for changed in watch.changes(docs, besides=own):
+                if changed or outcome.failed:
+                    outcome = update()
+    if outcome.failed:
+        sys.exit(1)
+
+
+def search(cfg: Search) -> None:
+    if not cfg.query.strip():
+        raise run.RunError("the query is empty; give --query a question")
+    found = store.open(cfg.store)
+    embedder = None if cfg.mode == "text" else encoder(cfg.embedder, found.about.embedder)
+    second = None
+    if cfg.rerank:
+        from jaxsft.rag import rerank
+
+        second = rerank.load(cfg.rerank).score
+    conditions = [cfg.where] if isinstance(cfg.where, str) else cfg.where
+    searcher = Searcher(found, embedder, second)
+    hits = searcher.find(cfg.query, k=cfg.k, mode=cfg.mode, where=conditions, diversity=cfg.diversity)
+    if not hits:
+        print("nothing was found" + (f" where {' and '.join(conditions)}" if conditions else ""))
+        return
+    rows = []
+    for rank, (passage, score, similarity) in enumerate(hits, 1):
+        place = " ".join([*([f"p. {passage.page}"] if passage.page is not None else []), passage.heading])
+        cosine = "" if similarity is None else f"{similarity:.3f}"
+        rows.append((str(rank), f"{score:.3f}", cosine, passage.source, place.strip(), passage.text))
+    report.table(f"{len(hits)} passages", ("", "score", "cosine", "source", "where", "text"), rows)
+
+
+def main(cfg: Index | Search) -> None:
+    if isinstance(cfg, Index):
+        index(cfg)
+    else:
+        search(cfg)
+
+
+if __name__ == "__main__":
+    run.guard(lambda: main(config.commands(COMMANDS)))
