@@ -6,13 +6,13 @@ question -> a query that stands alone (the model's own words, if it is a follow-
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from jaxsft import sample
 from jaxsft.data import Message, prompt_ids
 from jaxsft.models import Model
-from jaxsft.rag import answer
+from jaxsft.rag import answer, search
 from jaxsft.rag.records import Hit
 from jaxsft.types import Key
 from jaxsft.voice import Voice
@@ -24,6 +24,18 @@ LONGEST_QUERY = 96  # tokens of a follow-up question in the model's own words
 class Config:
     """How a question is answered from documents."""
 
+    k: int = 5
+    """passages that the model is shown at most; fewer, if it has no room for them"""
+    mode: Literal["hybrid", "dense", "text"] = "hybrid"
+    """search by words and meaning, by meaning alone, or by words alone"""
+    where: list[str] = field(default_factory=list)
+    """filters, key=value or key!=value with * for anything: source, title, heading, kind, page, or any tag"""
+    rerank: str = ""
+    """a folder or hub name of a cross encoder that puts the best candidates in order"""
+    diversity: float = 0.0
+    """from 0 to 1, how much the passages are to differ from each other"""
+    embedder: str = ""
+    """the encoder that the store was made with, where it lies elsewhere now"""
     threshold: float = 0.3
     """where no passage has this similarity (cosine) to the question, the answer is that nothing is known"""
     followups: Literal["rewrite", "join", "off"] = "rewrite"
@@ -60,15 +72,35 @@ class Speaker(NamedTuple):
         )
         return sample.pieces(self.who.tokenizer, tokens, self.how.stop)
 
+    def show(self, prompt: Sequence[int], key: Key) -> str:
+        """Prints the answer as it comes."""
+        said = ""
+        for piece in self.say(prompt, key):
+            print(piece, end="", flush=True)
+            said += piece
+        print()
+        return said
+
     @property
     def room(self) -> int:
         """The most tokens of a prompt."""
         return self.model.config.max_position - self.how.max_new_tokens
 
 
+def searcher(store: str, config: Config) -> Callable[[str], list[Hit]]:
+    """Opens a store, to be searched in the way that a configuration says.
+
+    Raises:
+      RunError, CheckpointError: see `rag.search.load`.
+    """
+    opened = search.load(store, embedder=config.embedder, rerank=config.rerank, mode=config.mode)
+    how = {"k": config.k, "mode": config.mode, "where": config.where, "diversity": config.diversity}
+    return lambda query: opened.find(query, **how)
+
+
 def look_up(
     question: str,
-    search: Callable[[str], Sequence[Hit]],
+    find: Callable[[str], Sequence[Hit]],
     speaker: Speaker,
     config: Config,
     *,
@@ -78,7 +110,7 @@ def look_up(
 
     Args:
       question: the last turn.
-      search: query -> passages, best first.
+      find: query -> passages, best first; see `searcher`.
       speaker: who will answer.
       config: what counts as found.
       history: the turns before the question.
@@ -87,7 +119,7 @@ def look_up(
       RunError: the question does not fit into the model; see `answer.fit`.
     """
     query = _query(question, speaker, config, history)
-    hits = tuple(search(query))
+    hits = tuple(find(query))
     if not answer.relevant(hits, config.threshold):
         return Found(query, hits, None)
     return Found(query, hits, answer.fit(question, hits, speaker.who.tokenizer, speaker.room, history=history))
@@ -108,6 +140,40 @@ def _query(question: str, speaker: Speaker, config: Config, history: Sequence[Me
     )
     said = "".join(sample.pieces(speaker.who.tokenizer, tokens)).strip()
     return said.splitlines()[0] if said else joined
+
+
+def reply(
+    question: str,
+    find: Callable[[str], Sequence[Hit]],
+    speaker: Speaker,
+    config: Config,
+    key: Key,
+    *,
+    history: Sequence[Message] = (),
+    passages: bool = False,
+) -> str:
+    """Answers a question from what is found, as it comes, and prints what the numbers in the answer stand for.
+
+    Args:
+      question, find, speaker, config, history: as for `look_up`.
+      key: of the draws.
+      passages: print what the model is shown, too.
+
+    Returns:
+      the answer alone.
+    """
+    found = look_up(question, find, speaker, config, history=history)
+    if found.query != question:
+        print(f"  searching: {found.query}")
+    if found.asked is None:
+        print(nothing(found, config.threshold))
+        return answer.UNKNOWN
+    if passages:
+        print(answer.messages(question, found.asked.hits)[-1].content, end="\n\n")
+    said = speaker.show(found.asked.ids, key)
+    for line in answer.sources(said, found.asked.hits):
+        print(f"  {line}")
+    return said
 
 
 def nothing(found: Found, threshold: float) -> str:

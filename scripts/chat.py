@@ -5,9 +5,13 @@
     python scripts/chat.py --model BASE --adapters '{calm: runs/a/adapter, wild: runs/b/adapter}'
     python scripts/chat.py --config configs/chat.yaml --ask "Who are you?"
     python scripts/chat.py --model BASE --ask "Count to ten." --sample.stop '["five"]'
+    python scripts/chat.py --model BASE --store runs/store
 
 An empty line or Ctrl-D ends the talk; /new forgets it and begins another. With several adapters, of which the first one
 answers at first, /use wild lets another one answer, and /use base the model without any; the talk goes on.
+
+With a store of scripts/rag.py, each question is answered from the documents in it, and what the numbers in the answer
+stand for is told. A follow-up is searched for as the model writes it to stand alone; that is shown, too.
 """
 
 import sys
@@ -18,7 +22,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxsft import config, data, hub, models, run, sample, sections, voice
+from jaxsft import config, data, hub, models, run, sections, talk, voice
+from jaxsft.talk import Speaker
 from jaxsft.voice import Voice
 
 
@@ -44,6 +49,9 @@ class Config:
     """a system message, where the chat template takes one"""
     ask: str = ""
     """one question: prints the answer and ends"""
+    store: str = ""
+    """a store of documents to answer from, made by scripts/rag.py index"""
+    retrieval: talk.Config = talk.Config()
     sample: sections.Sample = sections.Sample()
 
 
@@ -62,6 +70,7 @@ def main(cfg: Config) -> None:
     model, base = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
     known = voices(cfg, model, base)
     who = next(iter(known.values()))
+    find = talk.searcher(cfg.store, cfg.retrieval) if cfg.store else None
     first = [data.Message("system", cfg.system)] if cfg.system else []
     messages, turn = list(first), 0
     while True:
@@ -79,23 +88,13 @@ def main(cfg: Config) -> None:
             who = known.get(name, who)
             print(f"{name} answers" if name in known else f"there is no {name!r}; there are {', '.join(known)}")
             continue
-        messages.append(data.Message("user", said))
-        tokens = sample.stream(
-            model,
-            who.variables,
-            data.prompt_ids(messages, who.tokenizer),
-            max_new_tokens=cfg.sample.max_new_tokens,
-            draw=cfg.sample.draw,
-            stop=who.stop,
-            strings=who.strings,
-            key=jax.random.fold_in(jax.random.key(cfg.sample.seed), turn),
-        )
-        answer = ""
-        for piece in sample.pieces(who.tokenizer, tokens, cfg.sample.stop):
-            print(piece, end="", flush=True)
-            answer += piece
-        print()
-        messages.append(data.Message("assistant", answer))
+        speaker = Speaker(model, who, cfg.sample)
+        key = jax.random.fold_in(jax.random.key(cfg.sample.seed), turn)
+        if find is None:
+            told = speaker.show(data.prompt_ids([*messages, data.Message("user", said)], who.tokenizer), key)
+        else:
+            told = talk.reply(said, find, speaker, cfg.retrieval, key, history=messages)
+        messages += [data.Message("user", said), data.Message("assistant", told)]
         turn += 1
         if cfg.ask:
             return

@@ -1,13 +1,17 @@
-"""Retrieval: index a folder of documents, and search it.
+"""Retrieval: index a folder of documents, search it, and ask a model about it.
 
     python scripts/rag.py index --docs handbook --store runs/store
     python scripts/rag.py index --docs handbook --store runs/store --watch true
     python scripts/rag.py search --store runs/store --query "Who looks after the lamp?"
     python scripts/rag.py search --store runs/store --query lamp --mode text --where 'source=lamps/*' --k 10
     python scripts/rag.py search --store runs/store --query lamp --where '["kind=pdf", "lang!=en"]' --diversity 0.3
+    python scripts/rag.py ask --store runs/store --model Qwen/Qwen3-0.6B --question "Who looks after the lamp?"
 
 `index` brings the store up to date: what is new or changed is read and embedded, what is gone is taken out. It may be
 killed at any time and started again. A file that cannot be read is told at the end, and makes the exit status 1.
+
+`ask` shows a model the passages that a search finds, as many as it has room for, and prints its answer as it comes, and
+then what the numbers in it stand for. Where nothing is near enough to the question, it says so and asks no model.
 """
 
 import sys
@@ -16,10 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxsft import config, report, run
+import jax
+import jax.numpy as jnp
+
+from jaxsft import config, hub, report, run, sections, talk, voice
 from jaxsft.rag import embed, store, watch
 from jaxsft.rag import index as indexing
-from jaxsft.rag.search import Searcher
+from jaxsft.rag import search as searching
 
 SIZE, OVERLAP = 256, 32  # tokens of a passage where nothing else is said
 
@@ -68,7 +75,31 @@ class Search:
     """from 0 to 1, how much the passages are to differ from each other"""
 
 
-COMMANDS = {"index": Index, "search": Search}
+@dataclass(frozen=True)
+class Ask:
+    """Ask a model a question about the documents of a store."""
+
+    store: str = "runs/store"
+    """the store"""
+    model: str = ""
+    """a folder with config.json and safetensors, or a hub name"""
+    adapter: str = ""
+    """an adapter folder in PEFT's format, to put on the model"""
+    question: str = ""
+    """the question"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of weights and computation"""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """keep the kernels of the layers packed, as for model.quantise"""
+    template: str = ""
+    """a chat template by name, or a .jinja file; by default the adapter's or the model's own"""
+    passages: bool = False
+    """show what the model is shown, too"""
+    retrieval: talk.Config = talk.Config()
+    sample: sections.Sample = sections.Sample()
+
+
+COMMANDS = {"index": Index, "search": Search, "ask": Ask}
 
 
 def encoder(path: str, made_with: str) -> Any:
@@ -156,15 +187,8 @@ def index(cfg: Index) -> None:
 def search(cfg: Search) -> None:
     if not cfg.query.strip():
         raise run.RunError("the query is empty; give --query a question")
-    found = store.open(cfg.store)
-    embedder = None if cfg.mode == "text" else encoder(cfg.embedder, found.about.embedder)
-    second = None
-    if cfg.rerank:
-        from jaxsft.rag import rerank
-
-        second = rerank.load(cfg.rerank).score
     conditions = [cfg.where] if isinstance(cfg.where, str) else cfg.where
-    searcher = Searcher(found, embedder, second)
+    searcher = searching.load(cfg.store, embedder=cfg.embedder, rerank=cfg.rerank, mode=cfg.mode)
     hits = searcher.find(cfg.query, k=cfg.k, mode=cfg.mode, where=conditions, diversity=cfg.diversity)
     if not hits:
         print("nothing was found" + (f" where {' and '.join(conditions)}" if conditions else ""))
@@ -177,11 +201,22 @@ def search(cfg: Search) -> None:
     report.table(f"{len(hits)} passages", ("", "score", "cosine", "source", "where", "text"), rows)
 
 
-def main(cfg: Index | Search) -> None:
-    if isinstance(cfg, Index):
-        index(cfg)
-    else:
-        search(cfg)
+def ask(cfg: Ask) -> None:
+    if not cfg.question.strip():
+        raise run.RunError("the question is empty; give --question one")
+    find = talk.searcher(cfg.store, cfg.retrieval)
+    model, base = hub.load_variables(cfg.model, quantise=cfg.quantise, dtype=jnp.dtype(cfg.dtype))
+    how = {"adapter": cfg.adapter, "template": cfg.template, "strings": cfg.sample.stop}
+    speaker = talk.Speaker(model, voice.load(cfg.model, model, base, **how), cfg.sample)
+    key = jax.random.key(cfg.sample.seed)
+    talk.reply(cfg.question, find, speaker, cfg.retrieval, key, passages=cfg.passages)
+
+
+RUN = {Index: index, Search: search, Ask: ask}
+
+
+def main(cfg: Index | Search | Ask) -> None:
+    RUN[type(cfg)](cfg)
 
 
 if __name__ == "__main__":

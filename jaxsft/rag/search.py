@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxsft.rag import fusion, mmr, store, where
+from jaxsft.rag import embed, fusion, mmr, store, where
 from jaxsft.rag.extra import need
 from jaxsft.rag.records import Hit, Passage
 from jaxsft.rag.store import Store
@@ -117,6 +117,29 @@ class Searcher:
             order = order[mmr.select(scores[order], matrix[order], k, diversity)]
         similarity = lambda i: None if meaning is None else float(meaning[i])
         return [Hit(candidates[i].passage, float(scores[i]), similarity(i)) for i in order[:k]]
+
+
+def load(uri: str, *, embedder: str = "", rerank: str = "", mode: Mode = "hybrid") -> Searcher:
+    """Opens a store for searching, with the embedder that it was made with.
+
+    Args:
+      uri: of the store.
+      embedder: a folder or hub name, where the store's embedder lies elsewhere now.
+      rerank: a folder or hub name of a cross encoder; none by default.
+      mode: of the searches; for text no embedder is loaded.
+
+    Raises:
+      RunError, CheckpointError: see `store.open`, `embed.load`, `rerank.load`.
+    """
+    found = store.open(uri)
+    made_with = "" if found.about.embedder == embed.DEFAULT else found.about.embedder
+    encoder = None if mode == "text" else embed.load(embedder or made_with)
+    second = None
+    if rerank:
+        from jaxsft.rag import rerank as cross
+
+        second = cross.load(rerank).score
+    return Searcher(found, encoder, second)
 
 
 def _by_words(within: Store, question: str, condition: str, depth: int) -> dict[str, Candidate]:
