@@ -146,6 +146,7 @@ def test_what_does_not_fit_is_shown_with_what_would_change_that(capsys, monkeypa
     assert "what would change" not in shown
 
 
+@pytest.mark.parity  # a long one
 def test_a_script_plans_for_devices_that_are_not_there_and_writes_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "sft.py"), "--config", str(ROOT / "configs" / "quickstart.yaml")]
     command += ["--run.plan", "true", "--run.output_dir", str(tmp_path / "run"), "--data.train", "nowhere.jsonl"]

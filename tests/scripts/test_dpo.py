@@ -117,6 +117,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_by_bit_as_one_that_was_no
         assert (ours[name] == tensor).all(), name
 
 
+@pytest.mark.parity  # a long one
 def test_a_precomputed_reference_trains_alike_and_is_computed_once(finished, run_here, small, pairs, tmp_path):
     kept = tmp_path / "cache"
     more = {"preference.reference": "precomputed", "data.cache": kept}
@@ -135,6 +136,7 @@ def test_a_precomputed_reference_trains_alike_and_is_computed_once(finished, run
         run_here("dpo", *arguments(small, pairs, tmp_path / "third", **more))
 
 
+@pytest.mark.parity  # a long one
 @pytest.mark.parametrize("loss", ["kto", "bco"])
 def test_answers_are_judged_one_by_one(run_here, small, judged, tmp_path, loss):
     more = {
@@ -151,6 +153,7 @@ def test_answers_are_judged_one_by_one(run_here, small, judged, tmp_path, loss):
     assert held[0]["eval_reward_desirable"] == 0
 
 
+@pytest.mark.parity  # a long one
 def test_with_full_tuning_the_reference_stays_what_it_was(run_here, small, pairs, tmp_path):
     more = {"tuning.method": "full", "optim.learning_rate": 0.001, "export.merged": "false", "run.samples": 0}
     run_here("dpo", *arguments(small, pairs, tmp_path / "run", **more))
@@ -160,6 +163,7 @@ def test_with_full_tuning_the_reference_stays_what_it_was(run_here, small, pairs
     assert lines[-1]["margin"] > 0
 
 
+@pytest.mark.parity  # a long one
 def test_over_a_packed_base_in_bfloat16_with_new_tokens_the_loss_begins_at_log_2_too(run_here, small, pairs, tmp_path):
     """The tables train then, and the reference keeps them as they were."""
     more = {"model.quantise": "nf4", "model.dtype": "bfloat16", "model.remat": "block", "train.max_steps": 2}

@@ -137,6 +137,7 @@ def test_the_adapter_is_the_policy_s_and_the_base_is_untouched(finished, small):
     assert all(tensor.any() for tensor in adapter.values())
 
 
+@pytest.mark.parity  # a long one
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_by_bit_as_one_that_was_not_stopped(
     finished, run_here, small, prompts, tmp_path
 ):

@@ -98,6 +98,7 @@ def test_merge_later_gives_the_same_files(finished, small, run_here, tmp_path):
     assert (tmp_path / "d" / "model.safetensors").read_bytes() != wanted
 
 
+@pytest.mark.parity  # a long one
 def test_every_kind_of_adapter_goes_on_where_it_stopped_and_merges_later_to_the_same_weights(
     run_here, small, rows, tmp_path
 ):
@@ -203,6 +204,7 @@ def uninterrupted(spawn, args: list[str]) -> None:
     assert process.returncode == 0, output
 
 
+@pytest.mark.parity  # a long one
 def test_a_killed_and_resumed_run_ends_bitwise_equal(spawn, small, rows, tmp_path):
     more = {"train__max_steps": 24, "train__save_every": 1, "train__eval_every": 8}
     uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
@@ -212,7 +214,7 @@ def test_a_killed_and_resumed_run_ends_bitwise_equal(spawn, small, rows, tmp_pat
     same_as(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parity
+@pytest.mark.parity  # a long one
 @pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments_change_nothing(spawn, small, rows, tmp_path):
     more = {"train__max_steps": 400, "train__save_every": 1, "train__eval_every": 50}
@@ -225,7 +227,7 @@ def test_ten_kills_at_random_moments_change_nothing(spawn, small, rows, tmp_path
     same_as(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parity
+@pytest.mark.parity  # a long one
 @pytest.mark.timeout(600)
 def test_two_processes_train_as_one_and_resume(spawn, small, rows, tmp_path):
     """Two processes of two devices on one machine, over sockets: what several hosts do."""
@@ -326,6 +328,7 @@ def test_the_quickstart_rows_hold_the_promised_one():
     assert {"instruction": "请问你是谁", "input": "", "output": "您好我是微调后的大模型"} in found
 
 
+@pytest.mark.parity  # a long one
 def test_changed_data_is_not_resumed_on(run_here, small, rows, tmp_path):
     own = tmp_path / "rows.jsonl"
     own.write_text(Path(rows).read_text())
@@ -371,6 +374,7 @@ def test_sources_mix_and_a_template_is_exported(run_here, small, rows, tmp_path)
         assert text.rstrip("\n") == templates.source("plain"), folder
 
 
+@pytest.mark.parity  # a long one
 def test_new_tokens_get_rows_that_train_and_reach_every_program(run_here, small, rows, tmp_path, capsys, monkeypatch):
     """On a mesh whose tensor axis does not divide the rows that there are then; the small model is tied."""
     own, out = tmp_path / "rows.jsonl", tmp_path / "run"
@@ -451,7 +455,7 @@ def test_a_run_over_packed_kernels_merges_into_the_full_precision_base_and_says_
     assert (tmp_path / "later" / "model.safetensors").read_bytes() == merged
 
 
-@pytest.mark.parity
+@pytest.mark.parity  # a long one
 def test_a_run_over_packed_kernels_resumes_exactly(spawn, small, rows, tmp_path):
     args = {name: packed_run(small, rows, tmp_path / name) for name in ("whole", "resumed")}
     uninterrupted(spawn, args["whole"])
