@@ -76,8 +76,8 @@ def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """The vectors at length 1, in float32; a vector of zeros stays one.
 
     Example:
-      >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
-      [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+      >>> unit(jnp.array([[0.0, 4.0], [0.0, 0.0]])).tolist()
+      [[0.0, 1.0], [0.0, 0.0]]
     """
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24))

@@ -183,4 +183,5 @@ def test_a_name_is_looked_for_with_and_without_prefix_in_both_forms():
     for there in (name, "embeddings.LayerNorm.bias", "bert.embeddings.LayerNorm.beta", "embeddings.LayerNorm.beta"):
         assert names.stored(family, name, ["pooler.dense.weight", there]) == there
     assert names.stored(family, name, []) == name
-    assert names.stored(FAMILIES["llama"], "model.norm.weight", ["norm.weight"]) == "model.norm.weight"
+    assert names.stored(FAMILIES["llama"], "model.norm.weight", ["norm.weight"]) == "norm.weight"  # an embedder's file
+    assert names.stored(FAMILIES["llama"], "lm_head.weight", ["head.weight"]) == "lm_head.weight"
