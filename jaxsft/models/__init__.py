@@ -31,9 +31,10 @@ from jaxsft.models import (
 )
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.decoder import shares_prompts
-from jaxsft.models.encoder import EncoderConfig
+from jaxsft.models.encoder import EncoderConfig, relevance
 from jaxsft.models.family import TABLES, Family, ModelConfig, Name, with_labels
 from jaxsft.models.model import Cache, Model, logits, span, split
+from jaxsft.models.pooling import POOLINGS, pool, unit
 from jaxsft.models.reward import last, scores
 
 FAMILIES: dict[str, Family] = {
@@ -94,6 +95,7 @@ def build(
 
 __all__ = [
     "FAMILIES",
+    "POOLINGS",
     "TABLES",
     "Cache",
     "DecoderConfig",
@@ -106,9 +108,12 @@ __all__ = [
     "family_of",
     "last",
     "logits",
+    "pool",
+    "relevance",
     "scores",
     "shares_prompts",
     "span",
     "split",
+    "unit",
     "with_labels",
 ]

@@ -1,6 +1,7 @@
 """BERT, and the sentence encoders that are BERTs without a head: MiniLM, BGE, E5.
 
-Heads other than that for masked tokens (poolers, next sentences) are carried along, not computed.
+With ...ForSequenceClassification and one label it is a cross-encoder, such as ms-marco-MiniLM. Other heads (next
+sentences, poolers without a classifier) are carried along, not computed.
 Source: Devlin et al. 2018, arXiv:1810.04805.
 """
 
@@ -11,10 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsft.models import family
 from jaxsft.models.encoder import EncoderConfig
-from jaxsft.models.family import Family, Name, Reader, Rules
+from jaxsft.models.family import Family, Name, Reader, Rules, read_labels
 
-# Of training, of heads that are not computed here, and of ways to compute the same.
+# Of training, of heads that are not computed here, of ways to compute the same, and of what a score is used for.
 NEUTRAL = (
+    "sbert_ce_default_activation_function",
+    "sentence_transformers",
     "attention_probs_dropout_prob",
     "classifier_dropout",
     "directionality",
@@ -38,15 +41,11 @@ def read_encoder(read: Reader, kind: str, *, padding: int | None = None) -> Enco
       padding: the token whose position comes before those of documents, where the table has one for it (RoBERTa).
 
     Raises:
-      ValueError: an architecture with another head, or a key at a value that is not supported.
+      ValueError: another head, a classifier of several labels, or a key at a value that is not supported.
     """
     heads = {f"{kind}ForMaskedLM": True, f"{kind}ForPreTraining": True, f"{kind}Model": False}
+    heads[f"{kind}ForSequenceClassification"] = False
     named = read("architectures", [f"{kind}Model"])
-    if classifiers := [name for name in named if name.endswith("ForSequenceClassification")]:
-        raise ValueError(
-            f"config.json names {classifiers[0]}; an encoder has no score of a text here, reward models are decoders, "
-            "such as llama"
-        )
     if unknown := sorted(set(named) - set(heads)):
         raise ValueError(f"config.json names the architecture {unknown[0]!r}; supported are {', '.join(heads)}")
     mlm, first = any(heads[name] for name in named), 0 if padding is None else padding + 1
@@ -69,6 +68,7 @@ def read_encoder(read: Reader, kind: str, *, padding: int | None = None) -> Enco
         activation=activation,
         mlm=mlm,
         mlm_activation=activation,
+        ranks=bool(read_labels(read)),
     )
 
 
@@ -79,8 +79,8 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
     return shape
 
 
-def names(base: str, dense: str, norm: str, bias: str) -> tuple[Name, ...]:
-    """The names of a BERT called `base`, and those of its head."""
+def names(base: str, dense: str, norm: str, bias: str, rank: tuple[str, str]) -> tuple[Name, ...]:
+    """The names of a BERT called `base`, and those of its heads."""
     layer = f"{base}.encoder.layer.{{layer}}"
     return (
         Name("embed/table", f"{base}.embeddings.word_embeddings.weight"),
@@ -98,6 +98,8 @@ def names(base: str, dense: str, norm: str, bias: str) -> tuple[Name, ...]:
         *family.dense("mlm/dense", dense),
         *family.norm("mlm/norm", norm),
         Name("mlm/bias", bias),
+        *family.dense("rank/dense", rank[0]),
+        *family.dense("rank/out", rank[1]),
     )
 
 
@@ -114,11 +116,21 @@ RULES: Rules = (
     ("mlm/dense/kernel", P("fsdp", "tensor")),
     ("mlm/(dense/)?bias", P("tensor")),
     ("mlm/norm/(scale|bias)", P(None)),
+    ("rank/dense/kernel", P("fsdp", "tensor")),
+    ("rank/dense/bias", P("tensor")),
+    ("rank/out/kernel", P("tensor", None)),
+    ("rank/out/bias", P(None)),
 )
 
 FAMILY = Family(
     read_config,
-    names("bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    names(
+        "bert",
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.bias",
+        ("bert.pooler.dense", "classifier"),
+    ),
     RULES,
     prefix="bert.",
     copies=(

@@ -7,12 +7,13 @@ Parameters are a nested dict, with the stacks of layers that `decoder` describes
     blocks/0-5/attn/q/kernel    [6, D, D]
     mlm/{dense,norm}/...                    the head that predicts masked tokens; absent in a sentence encoder
     mlm/bias                    [V]         of the scores, beside the table, which is that of the embedding
+    rank/{dense,out}/...                    the head that scores two texts together (`relevance`), of a cross-encoder
 
 `features` are the last hidden states or, with the head, what meets the output table: the head's result and a 1 behind
 it, as the bias is the table's last column. So scores, and losses that never hold all of them, are those of a decoder.
 
-Left out: dropout other than LoRA's, token types (all are 0), positions other than learned ones.
-Source: Devlin et al. 2018, arXiv:1810.04805.
+Left out: dropout other than LoRA's, positions other than learned ones.
+Source: Devlin et al. 2018, arXiv:1810.04805; two texts in one row: Nogueira and Cho 2019, arXiv:1901.04085.
 """
 
 import functools
@@ -51,6 +52,7 @@ class EncoderConfig:
     activation: str = "gelu"
     mlm: bool = True  # has the head that predicts masked tokens
     mlm_activation: str = "gelu"
+    ranks: bool = False  # has the head that scores two texts together
     # Of the scores, as a decoder's: the output layer is the embedding, and nothing bends them.
     tied: ClassVar[bool] = True
     logit_scale: ClassVar[float] = 1.0
@@ -116,7 +118,32 @@ def _init(config: EncoderConfig, key: Key) -> Tree:
     }
     if c.mlm:
         params["mlm"] = {**Head(c).init(key_head, x)["params"], "bias": jnp.zeros(c.vocab_size)}
+    if c.ranks:
+        widths, keys = {"dense": c.hidden, "out": 1}, jax.random.split(key_head)
+        draw = lambda key, width: {"kernel": INIT(key, (c.hidden, width)), "bias": jnp.zeros(width)}
+        params["rank"] = {name: draw(key, widths[name]) for name, key in zip(widths, keys, strict=True)}
     return params
+
+
+def relevance(variables: Mapping, features: Float[Array, "B T D"]) -> Float[Array, "B"]:
+    """How well the two texts of each row belong together, w tanh(W x + b) + c of the first token's features x.
+
+    In float32, and before any sigmoid: only the order of several texts beside one question means anything.
+
+    Args:
+      variables: of a model whose config has `ranks`.
+      features: from `model.features`, with `types` 1 at the second text where the model has them.
+
+    Example:
+      >>> model = build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64, mlm=False, ranks=True))
+      >>> variables = {"params": model.init(jax.random.key(0))}
+      >>> tokens, types = jnp.arange(6)[None], jnp.array([[0, 0, 0, 1, 1, 1]])
+      >>> relevance(variables, model.features(variables, tokens, types=types)).shape
+      (1,)
+    """
+    head = jax.tree.map(lambda x: x.astype(jnp.float32), variables["params"]["rank"])
+    line = lambda name, x: jnp.matmul(x, head[name]["kernel"], precision="highest") + head[name]["bias"]
+    return line("out", jnp.tanh(line("dense", features[:, 0].astype(jnp.float32))))[:, 0]
 
 
 def _no_cache(*_) -> NoReturn:
@@ -139,7 +166,8 @@ def build(
     same parameters.
 
     Returns:
-      the model. `output` copies the embedding, to put the bias beside it: V x D numbers more while a step runs.
+      the model. `features` takes `types` besides, the sentence that each token is of, 0 by default. `output` copies the
+      embedding, to put the bias beside it: V x D numbers more while a step runs.
       `read`, `extend` and `cache` raise.
 
     Raises:
@@ -155,14 +183,18 @@ def build(
         raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
     block, head, norm = Block(config, lora_dropout), Head(config, lora_dropout), LayerNorm(config.norm_eps)
 
-    def embed(params: Mapping, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(
+        params: Mapping, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], types: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
         rows = {"table": tokens, "positions": positions + config.first_position}
+        rows |= {} if types is None else {"types": types}
         # What a table has no row for is NaN, which training refuses, and not the table's last row.
         parts = [params[name].at[at].get(mode="fill", fill_value=jnp.nan) for name, at in rows.items()]
-        x = sum(part.astype(jnp.float32) for part in (*parts, params["types"][0]))
+        parts += [params["types"][0]] if types is None else []
+        x = sum(part.astype(jnp.float32) for part in parts)
         return cast(Array, norm.apply({"params": params["norm"]}, x)).astype(dtype)
 
-    def features(variables, tokens, positions=None, segments=None, dropout=None, reads=None):
+    def features(variables, tokens, positions=None, segments=None, dropout=None, reads=None, types=None):
         params, lora = variables["params"], variables.get("lora", {})
         if reads is not None:
             raise ValueError(
@@ -184,7 +216,7 @@ def build(
             layer = jax.checkpoint(layer, policy=REMAT[remat])
         if {"embed", "head"} & set(lora):
             raise ValueError("embed and head of an encoder take no adapter; leave them out of tuning.lora.targets")
-        x = by_rows(embed(params["embed"], tokens, positions), mesh)
+        x = by_rows(embed(params["embed"], tokens, positions, types), mesh)
         beside = {kind: variables.get(kind, {}).get("blocks", {}) for kind in ("lora", "packed")}
         for name, stack in sorted(params["blocks"].items(), key=lambda item: span(item[0]).start):
             layers = span(name)

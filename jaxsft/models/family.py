@@ -166,7 +166,7 @@ def read_labels(read: Reader) -> int:
     if count != 1:
         raise ValueError(
             f"config.json names {classifiers[0]} with {count} labels (num_labels, id2label); of classifiers only "
-            "reward models are supported, which have 1"
+            "reward models and cross-encoders are supported, which have 1"
         )
     return 1
 

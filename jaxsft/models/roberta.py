@@ -21,7 +21,9 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
 
 FAMILY = Family(
     read_config,
-    names("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    names(
+        "roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", ("classifier.dense", "classifier.out_proj")
+    ),
     RULES,
     prefix="roberta.",
     copies=(

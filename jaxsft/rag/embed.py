@@ -160,7 +160,7 @@ def build(
         return vectors
 
     dim = len(recipe.layers[-1].bias) if recipe.layers else model.config.hidden * len(recipe.pooling)
-    whole = tokens_of(tokenizer, None, lower=recipe.lower)
+    whole = tokens_of(tokenizer, lower=recipe.lower)
     length = lambda text: len(whole([recipe.document + text])[0])
     return Embedder(name, digest, dim, most, tokenizer, embed(recipe.document), embed(recipe.query), length)
 
@@ -181,26 +181,31 @@ def longest(recipe: Recipe, tokenizer: Any, model: Model) -> int:
     return int(min(said, model.config.max_position))
 
 
-def tokens_of(
-    tokenizer: Any, most: int | None, *, lower: bool = False, specials: bool = True
-) -> Callable[[Sequence[str]], list[list[int]]]:
-    """Makes texts -> their tokens with those that the tokenizer adds, cut at `most`; safe to be called from threads.
+def tokenizer_of(tokenizer: Any, most: int | None = None, *, lower: bool = False) -> Any:
+    """The fast tokenizer inside, cut at `most` tokens and without padding; nothing changes it, so threads may share it.
 
     Raises:
-      ValueError: a tokenizer that is not a fast one.
+      ValueError: there is none.
     """
     from tokenizers import Tokenizer, normalizers
 
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("an embedder needs a fast tokenizer, one with a tokenizer.json; convert it with transformers")
+        raise ValueError("retrieval needs a fast tokenizer, one with a tokenizer.json; convert it with transformers")
     own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # its file may pad to a width, and cut elsewhere
     own.no_padding()
     own.no_truncation()
     if most is not None:
         own.enable_truncation(most, direction=tokenizer.truncation_side)
     if lower:
-        steps = [normalizers.Lowercase()] + ([own.normalizer] if own.normalizer else [])
-        own.normalizer = normalizers.Sequence(steps)
+        own.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own.normalizer] if own.normalizer else [])])
+    return own
+
+
+def tokens_of(
+    tokenizer: Any, most: int | None = None, *, lower: bool = False, specials: bool = True
+) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Makes texts -> the tokens of each, with those that the tokenizer adds; see `tokenizer_of`."""
+    own = tokenizer_of(tokenizer, most, lower=lower)
     return lambda texts: [found.ids for found in own.encode_batch(list(texts), add_special_tokens=specials)]
 
 
@@ -255,7 +260,7 @@ def batches(texts: Sequence[Sequence[int]], batch_tokens: int, *, most: int, row
 
 def _static(recipe: Recipe, tokenizer: Any, name: str) -> Embedder:
     rows = static.table(recipe.folder)
-    write = tokens_of(tokenizer, None, lower=recipe.lower, specials=False)
+    write = tokens_of(tokenizer, lower=recipe.lower, specials=False)
     dropped = static.dropped(recipe.folder, tokenizer.backend_tokenizer)
     embed = lambda prompt: lambda texts: static.mean(rows, write([prompt + text for text in texts]), dropped)
     length = lambda text: len(write([recipe.document + text])[0])

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft.hub import CheckpointError
 from jaxsft.hub.files import Reader, read_json
-from jaxsft.models.pooling import POOLINGS, pool, unit
+from jaxsft.models import POOLINGS, pool, unit
 
 # The former names of the ways to pool, in the order in which several are joined.
 FLAGS = {

@@ -80,7 +80,10 @@ def test_another_head_is_refused_by_name(family):
     name = f"{KINDS[family]}ForTokenClassification"
     with pytest.raises(ValueError, match=rf"names the architecture '{name}'; supported are {KINDS[family]}ForMaskedLM"):
         read(family, architectures=[name])
-    with pytest.raises(ValueError, match="names .*ForSequenceClassification; an encoder has no score of a text here"):
-        read(family, architectures=[f"{KINDS[family]}ForSequenceClassification"])
+    name = f"{KINDS[family]}ForSequenceClassification"
+    with pytest.raises(ValueError, match=rf"names {name} with 2 labels .*; of classifiers only .* which have 1"):
+        read(family, architectures=[name])
+    ranks = read(family, architectures=[name], id2label={"0": "LABEL_0"}, tie_word_embeddings=False)
+    assert (ranks.ranks, ranks.mlm) == (True, False)
     without = read(family, architectures=[f"{KINDS[family]}Model"], tie_word_embeddings=False)
     assert not without.mlm  # nothing is tied where there is no head
