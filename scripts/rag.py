@@ -195,10 +195,11 @@ def search(cfg: Search) -> None:
         return
     rows = []
     for rank, (passage, score, similarity) in enumerate(hits, 1):
-        place = " ".join([*([f"p. {passage.page}"] if passage.page is not None else []), passage.heading])
+        page = [] if passage.page is None else [f"p. {passage.page}"]
+        place = ", ".join([passage.source, *page, *passage.heading.split(" > ")[-1:]])  # of the headings the nearest
         cosine = "" if similarity is None else f"{similarity:.3f}"
-        rows.append((str(rank), f"{score:.3f}", cosine, passage.source, place.strip(), passage.text))
-    report.table(f"{len(hits)} passages", ("", "score", "cosine", "source", "where", "text"), rows)
+        rows.append((str(rank), f"{score:.3f}", cosine, place.removesuffix(", "), passage.text))
+    report.table(f"{len(hits)} passages", ("", "score", "cosine", "where", "text"), rows)
 
 
 def ask(cfg: Ask) -> None:

@@ -27,7 +27,8 @@ from jaxsft.rag.split import split
 from jaxsft.rag.store import Store
 from jaxsft.run import RunError
 
-GROUP = 1024  # passages that are embedded and written together; one document may have more
+GROUP = 1024  # passages that are written together; one document may have more
+EMBEDDED = 256  # passages that are embedded together
 TIDY = 64  # groups between two times that the store is tidied
 VECTORS = 200_000  # passages from which on vectors have an index: benchmarks/rag.py
 OPEN = "~$"  # what Word puts before the name of a document that is open
@@ -109,26 +110,29 @@ def update(
     gone = sorted((before.keys() | begun) - there)
     store.forget(into, gone)
     outcome.gone = len(gone)
-    files, size, of_size = 0, 0, sum(done.size for done, _ in todo)
     steps = _steps(into, folder, todo, begun, embedder, max_bytes)
-    groups = 0
-    for group in _groups(steps):
+    state = Progress(0, len(todo), 0, sum(done.size for done, _ in todo), 0)
+    for number, group in enumerate(_groups(steps), 1):
         ready = [step for step in group if isinstance(step, Ready)]
         finished = [step for step in group if isinstance(step, Done)]
-        _write(into, ready, embedder)
+        made = []
+        for vectors_of in _embed(ready, embedder):
+            made.append(vectors_of)
+            state = state._replace(passages=state.passages + len(vectors_of))
+            show(state)
+        _write(into, ready, np.concatenate(made))
         store.settle(into, {done.file: done.digest for done in finished})
-        groups += bool(ready)
         outcome.documents += len(ready)
-        outcome.passages += sum(len(one.passages) for one in ready)
         outcome.new += sum(done.new for done in finished)
         outcome.changed += sum(not done.new for done in finished)
         outcome.failed += [step for step in group if isinstance(step, Failure)]
-        files, size = files + len(finished), size + sum(done.size for done in finished)
-        show(Progress(files, len(todo), size, of_size, outcome.passages))
-        if groups and groups % TIDY == 0:
+        size = state.size + sum(done.size for done in finished)
+        state = state._replace(files=state.files + len(finished), size=size)
+        show(state)
+        if number % TIDY == 0:
             store.tidy(into, vectors)
-    if groups or gone or todo:
-        store.tidy(into, vectors)
+    outcome.passages = state.passages
+    store.tidy(into, vectors)
     return outcome
 
 
@@ -230,15 +234,19 @@ def _groups(steps: Iterable[Ready | Done | Failure]) -> Iterator[list[Ready | Do
         yield group
 
 
-def _write(into: Store, ready: list[Ready], embedder: Any) -> None:
-    """Embeds the passages of some documents and puts them in place, in one version."""
-    if not ready:
-        return
+def _embed(ready: Iterable[Ready], embedder: Any) -> Iterator[np.ndarray]:
+    """The vectors of all passages, some at a time; one empty part first, so that there is always one."""
     texts = [passage.text for one in ready for passage in one.passages]
-    made = [embedder.documents(texts[at : at + GROUP]) for at in range(0, len(texts), GROUP)]
-    found = np.concatenate(made) if made else np.zeros((0, into.about.dim), np.float32)
-    rows = _rows(ready, found)
-    store.replace(into, rows, [one.source for one in ready], new=all(one.new for one in ready))
+    yield np.zeros((0, embedder.dim), np.float32)
+    for at in range(0, len(texts), EMBEDDED):
+        yield embedder.documents(texts[at : at + EMBEDDED])
+
+
+def _write(into: Store, ready: list[Ready], vectors: np.ndarray) -> None:
+    """Puts the passages of some documents in place, in one version."""
+    if ready:
+        sources = [one.source for one in ready]
+        store.replace(into, _rows(ready, vectors), sources, new=all(one.new for one in ready))
 
 
 def _rows(ready: list[Ready], vectors: np.ndarray) -> Any:
