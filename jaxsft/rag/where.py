@@ -30,7 +30,7 @@ def sql(conditions: Sequence[str]) -> str:
 
 
 def _one(condition: str) -> str:
-    found = re.fullmatch(r"\s*([^=!]+?)\s*(!?=)\s*(.*?)\s*", condition, re.DOTALL)
+    found = re.fullmatch(r"\s*([^=!\s][^=!]*?)\s*(!?=)\s*(.*?)\s*", condition, re.DOTALL)
     if not found:
         raise RunError(f"a filter is key=value or key!=value, not {condition!r}; try source=handbook/*")
     key, sign, value = found.groups()
