@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import inspect
 import itertools
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,3 +212,63 @@ def test_an_unknown_key_of_an_item_of_a_list_is_told_the_nearest_one(tmp_path, c
     file.write_text("data:\n  train:\n    - a.jsonl\n    - {path: b.jsonl, epochs: 2, columns: {text: body}}\n")
     first, second = config.parse(Run, ["--config", str(file)]).data.train
     assert (first, second.epochs, second.columns) == ("a.jsonl", 2.0, {"text": "body"})
+
+
+@dataclass(frozen=True)
+class Find:
+    """Find something.
+
+    And more.
+    """
+
+    query: str = ""
+    """what"""
+
+
+@dataclass(frozen=True)
+class Make:
+    """Make something."""
+
+    name: str = "x"
+    """how it is called"""
+
+
+COMMANDS = {"find": Find, "make": Make}
+
+
+def test_the_first_word_says_which_command():
+    assert config.commands(COMMANDS, ["find", "--query", "make"]) == Find("make")
+    assert config.commands(COMMANDS, ["make"]) == Make()
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(capsys, args):
+    with pytest.raises(SystemExit) as end:
+        config.commands(COMMANDS, args)
+    assert end.value.code == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "  find       Find something." in shown
+    assert "  make       Make something." in shown
+
+
+def test_help_of_a_command_lists_its_keys(capsys):
+    with pytest.raises(SystemExit):
+        config.commands(COMMANDS, ["find", "--help"])
+    shown = capsys.readouterr().out
+    assert re.search(r"usage: \S+ find .*--query", shown, re.DOTALL)
+    assert "Find something." in shown
+
+
+@pytest.mark.parametrize(("word", "said"), [("fnid", "did you mean 'find'? "), ("--query", ""), ("zzz", "")])
+def test_an_unknown_command_names_the_nearest(capsys, word, said):
+    with pytest.raises(SystemExit) as end:
+        config.commands(COMMANDS, [word])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: unknown command {word!r}; {said}there are find, make\n"
+
+
+def test_an_unknown_key_of_a_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        config.commands(COMMANDS, ["find", "--qeury", "x"])
+    assert end.value.code == 2
+    assert "did you mean 'query'?" in capsys.readouterr().err
