@@ -169,17 +169,20 @@ def index(cfg: Index) -> None:
 
         def update() -> indexing.Outcome:
             with bar() as show:
-                outcome = indexing.update(into, docs, embedder, max_bytes=int(cfg.max_mb * 1e6), show=show)
-            tell(outcome)
-            return outcome
+                return indexing.update(into, docs, embedder, max_bytes=int(cfg.max_mb * 1e6), show=show)
 
         outcome = update()
+        tell(outcome)
         if cfg.watch:
             print(f"watching {docs}; Ctrl-C ends it", flush=True)
             own = None if store.remote(cfg.store) else Path(cfg.store)
-            for changed in watch.changes(docs, besides=own):
-                if changed or outcome.failed:
+            try:
+                for _ in watch.changes(docs, besides=own):
                     outcome = update()
+                    if outcome.new or outcome.changed or outcome.gone or outcome.failed:
+                        tell(outcome)
+            except KeyboardInterrupt:  # in the middle of an update, which the next one completes
+                pass
     if outcome.failed:
         sys.exit(1)
 
