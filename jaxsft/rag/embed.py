@@ -49,6 +49,7 @@ class Embedder(NamedTuple):
     documents: Callable[[Sequence[str]], Float[np.ndarray, "N D"]]
     queries: Callable[[Sequence[str]], Float[np.ndarray, "N D"]]
     length: Callable[[str], int]  # tokens of a passage, with those that the model adds
+    unknown: Callable[[str], float]  # the share of a text's tokens that are not known: of Chinese, to an English model
 
 
 def load(
@@ -162,7 +163,8 @@ def build(
     dim = len(recipe.layers[-1].bias) if recipe.layers else model.config.hidden * len(recipe.pooling)
     whole = tokens_of(tokenizer, lower=recipe.lower)
     length = lambda text: len(whole([recipe.document + text])[0])
-    return Embedder(name, digest, dim, most, tokenizer, embed(recipe.document), embed(recipe.query), length)
+    how = (embed(recipe.document), embed(recipe.query), length, unknown(tokenizer, lower=recipe.lower))
+    return Embedder(name, digest, dim, most, tokenizer, *how)
 
 
 def _embed(model, recipe, variables, tokens, sizes, skip) -> Float[Array, "B E"]:
@@ -207,6 +209,13 @@ def tokens_of(
     """Makes texts -> the tokens of each, with those that the tokenizer adds; see `tokenizer_of`."""
     own = tokenizer_of(tokenizer, most, lower=lower)
     return lambda texts: [found.ids for found in own.encode_batch(list(texts), add_special_tokens=specials)]
+
+
+def unknown(tokenizer: Any, *, lower: bool = False) -> Callable[[str], float]:
+    """Makes a text -> the share of its tokens that stand for what the tokenizer does not know."""
+    write, mark = tokens_of(tokenizer, None, lower=lower, specials=False), tokenizer.unk_token_id
+    share = lambda tokens: tokens.count(mark) / max(len(tokens), 1)
+    return lambda text: share(write([text])[0])
 
 
 def prompt_length(tokenizer: Any, write: Callable, prompt: str) -> int:
@@ -266,7 +275,8 @@ def _static(recipe: Recipe, tokenizer: Any, name: str) -> Embedder:
     length = lambda text: len(write([recipe.document + text])[0])
     digest = _digest(recipe, tokenizer, hashlib.sha256(rows.tobytes()).hexdigest())
     documents, queries = embed(recipe.document), embed(recipe.query)
-    return Embedder(name, digest, rows.shape[1], UNBOUNDED, tokenizer, documents, queries, length)
+    how = (documents, queries, length, unknown(tokenizer, lower=recipe.lower))
+    return Embedder(name, digest, rows.shape[1], UNBOUNDED, tokenizer, *how)
 
 
 def _digest(recipe: Recipe, tokenizer: Any, weights: str) -> str:

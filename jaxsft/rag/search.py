@@ -2,8 +2,10 @@
 
     question -> BM25 and nearest vectors, a few dozen of each -> fusion -> a second opinion -> variety -> hits
 
-Meaning is exact up to as many passages as `index.VECTORS`: every vector is compared. Beyond, an inverted file (IVF) of
-8-bit vectors is asked, and its candidates are compared exactly; benchmarks/rag.py says what that costs and finds.
+In mode hybrid a question in a language that the embedder cannot read (Chinese, for all-MiniLM-L6-v2) is searched for by
+its words alone. Meaning is exact up to as many passages as `index.VECTORS`: every vector is compared. Beyond, an
+inverted file (IVF) of 8-bit vectors is asked, and its candidates are compared exactly; benchmarks/rag.py says what that
+costs and finds.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +23,9 @@ from jaxsft.run import RunError
 
 DEPTH = 50  # candidates by words, and as many by meaning, at least
 RERANKED = 30  # of them, the first ones, that a second opinion is asked about
-PROBES, REFINE = (
-    20,
-    4,
-)  # parts of the inverted file that are looked into; candidates compared exactly, in units of DEPTH
+PROBES = 20  # parts of the inverted file that are looked into
+REFINE = 4  # candidates compared exactly, in units of DEPTH
+UNKNOWN = 0.1  # share of a question's tokens; where the embedder does not know more of them, its opinion is noise
 COLUMNS = ["id", "vector", "text", "source", "title", "heading", "start", "end", "page", "tags"]
 Mode = Literal["hybrid", "dense", "text"]
 Rerank = Callable[[str, Sequence[str]], Sequence[float]]
@@ -47,8 +48,8 @@ class Searcher:
     embedder: Any  # see rag.embed; none is needed to search by words alone
     rerank: Rerank | None = None
     """(question, texts) -> a score each, such as a cross encoder's"""
-    fuse: Fuse = fusion.scores
-    """makes one order of two in mode hybrid; fusion.ranks is the other one"""
+    fuse: Fuse = fusion.ranks
+    """makes one order of two in mode hybrid; fusion.scores is the other one"""
 
     def find(
         self, question: str, *, k: int = 5, mode: Mode = "hybrid", where: Sequence[str] = (), diversity: float = 0.0
@@ -82,11 +83,18 @@ class Searcher:
             raise RunError(f"k is {k} and the mode {mode!r}; give at least 1, and one of hybrid, dense, text")
         if mode != "text":
             store.check(self.store, self.embedder)
-        vectors = [None] * len(questions) if mode == "text" else self.embedder.queries(questions)
+        vectors = self._vectors(questions, mode)
         return [
             self._one(question, vector, k, mode, where, diversity) if question.strip() else []
             for question, vector in zip(questions, vectors, strict=True)
         ]
+
+    def _vectors(self, questions: Sequence[str], mode: Mode) -> list[np.ndarray | None]:
+        """None for a question that is searched for by its words alone."""
+        seen = [mode == "dense" or (mode == "hybrid" and self.embedder.unknown(one) <= UNKNOWN) for one in questions]
+        texts = [question for question, seen in zip(questions, seen, strict=True) if seen]
+        made = iter(self.embedder.queries(texts) if texts else ())
+        return [next(made) if one else None for one in seen]
 
     def _one(
         self, question: str, vector: np.ndarray | None, k: int, mode: Mode, conditions: Sequence[str], diversity: float

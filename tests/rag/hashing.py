@@ -27,6 +27,9 @@ class Hashing(NamedTuple):
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         return self.documents(texts)
 
+    def unknown(self, text: str) -> float:
+        return float(np.mean([not one.isascii() for one in text.split()])) if text.split() else 0.0
+
     def length(self, text: str) -> int:
         return len(text.split())
 
