@@ -118,15 +118,17 @@ def vectors(kind: str, way: str, count: int, questions: int, dim: int = DIM) -> 
         truth = np.concatenate([truth, np.tile(number * ROWS + np.arange(len(block)), (questions, 1))], axis=1)
         order = np.argsort(-best, axis=1)[:, :NEAREST]
         best, truth = np.take_along_axis(best, order, 1), np.take_along_axis(truth, order, 1)
-    before, start = peak(), time.perf_counter()
-    ask = by_jax(kind, way, count, dim, asked) if way.startswith("jax") else by_lance(kind, way, count, dim, asked)
-    built = time.perf_counter() - start
-    times = timed(ask, questions)
-    found = [len(set(ask(i)) & set(truth[i].tolist())) / NEAREST for i in range(questions)]
+    by = by_jax if way.startswith("jax") else by_lance
+    with tempfile.TemporaryDirectory() as folder:
+        before, start = peak(), time.perf_counter()
+        ask = by(kind, way, count, dim, asked, folder)
+        built = time.perf_counter() - start
+        times = timed(ask, questions)
+        found = [len(set(ask(i)) & set(truth[i].tolist())) / NEAREST for i in range(questions)]
     return {"build_s": built, "recall": float(np.mean(found)), "grew": peak() - before, **times}
 
 
-def by_jax(kind: str, way: str, count: int, dim: int, asked: np.ndarray) -> Callable[[int], list[int]]:
+def by_jax(kind: str, way: str, count: int, dim: int, asked: np.ndarray, _: str) -> Callable[[int], list[int]]:
     from jaxsft.rag import exact
 
     matrix = np.concatenate(list(blocks(kind, count, dim)))
@@ -134,16 +136,15 @@ def by_jax(kind: str, way: str, count: int, dim: int, asked: np.ndarray) -> Call
     return lambda i: exact.nearest(placed, asked[i : i + 1], NEAREST)[1][0].tolist()
 
 
-def by_lance(kind: str, way: str, count: int, dim: int, asked: np.ndarray) -> Callable[[int], list[int]]:
+def by_lance(kind: str, way: str, count: int, dim: int, asked: np.ndarray, folder: str) -> Callable[[int], list[int]]:
     import lancedb
     import pyarrow as pa
     from lancedb import index
 
     from jaxsft.rag import search
 
-    folder = tempfile.TemporaryDirectory()
     schema = pa.schema([("number", pa.int64()), ("vector", pa.list_(pa.float32(), dim))])
-    table = lancedb.connect(folder.name).create_table("vectors", schema=schema)
+    table = lancedb.connect(folder).create_table("vectors", schema=schema)
     for number, block in enumerate(blocks(kind, count, dim)):
         flat = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim)
         table.add(pa.table({"number": number * ROWS + np.arange(len(block)), "vector": flat}, schema=schema))
@@ -151,7 +152,7 @@ def by_lance(kind: str, way: str, count: int, dim: int, asked: np.ndarray) -> Ca
     if way in made:
         table.create_index("vector", config=made[way](distance_type="cosine"))
 
-    def ask(i: int, folder: object = folder) -> list[int]:
+    def ask(i: int) -> list[int]:
         query = table.search(asked[i], vector_column_name="vector").distance_type("cosine").limit(NEAREST)
         query = query.nprobes(search.PROBES).refine_factor(search.REFINE)
         return query.select(["number", "_distance"]).to_arrow()["number"].to_pylist()

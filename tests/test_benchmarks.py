@@ -22,3 +22,17 @@ def test_a_checkpoint_of_random_weights_loads(kind, tmp_path, monkeypatch):
     _, variables = hub.load_variables(str(tmp_path))
     expected = hub.shapes(hub.read_config(tmp_path)[1])
     assert jax.tree.map(lambda x: x.shape, variables["params"]) == jax.tree.map(lambda x: x.shape, expected)
+
+
+def test_ways_to_find_the_nearest_vectors_find_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rag
+
+    monkeypatch.setattr(rag, "ROWS", 200)  # several parts
+    for way in ("lance", "jax", "jax_bfloat16"):
+        found = rag.vectors("clustered", way, 500, 4, 16)
+        assert found["recall"] == 1.0 if way != "jax_bfloat16" else found["recall"] >= 0.8
+        assert 0 < found["p50"] <= found["p99"]
+    texts = rag.texts(3, words=10)
+    assert [len(text.split()) for text in texts] == [11] * 3
+    assert len(set(texts)) == 3
