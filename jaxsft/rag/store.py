@@ -129,14 +129,25 @@ def create(uri: str, about: About) -> Store:
         if not remote(uri):
             Path(uri).mkdir(parents=True, exist_ok=True)
         database = connect(uri)
-        for name in database.list_tables().tables:
-            database.drop_table(name)
+        _clear(database, uri)
         passages = database.create_table(PASSAGES, schema=schema(about.dim))
         passages.create_index("text", config=texts, name=TEXT_INDEX)
         digests = arrow.schema([("file", arrow.string()), ("digest", arrow.string())])
         files = database.create_table(FILES, schema=digests)
         database.create_table(ABOUT, [asdict(about)])  # last: with it the store is there
     return Store(uri, about, passages, files)
+
+
+def _clear(database: Any, uri: str) -> None:
+    """Drops the tables that a killed process left of a store, which have no row yet, and no others."""
+    for name in database.list_tables().tables:
+        try:
+            rows = database.open_table(name).count_rows()
+        except (RuntimeError, ValueError, OSError):  # not even a version of it was written
+            rows = 0
+        if rows:
+            raise RunError(f"{uri} holds a table {name} that is not of a store; choose an empty folder or a new one")
+        database.drop_table(name)
 
 
 def describe(store: Store, about: About) -> Store:

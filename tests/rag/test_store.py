@@ -41,13 +41,23 @@ def test_what_is_not_a_store_is_left_alone(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_store_is_not_made_twice_and_half_of_one_is_made_anew(tmp_path):
-    uri = build(tmp_path, TEXTS).uri
+def test_a_store_is_not_made_twice(tmp_path):
     with pytest.raises(RunError, match="is a store already"):
-        store.create(uri, about())
-    store.connect(uri).drop_table(store.ABOUT)  # as if killed before the last table was there
+        store.create(build(tmp_path, TEXTS).uri, about())
+
+
+def test_what_a_killed_process_left_of_a_store_is_replaced_and_tables_of_others_are_not(tmp_path):
+    uri = store.create(str(tmp_path / "s"), about()).uri
+    store.connect(uri).drop_table(store.ABOUT)
+    for file in Path(uri, "files.lance", "_versions").iterdir():
+        file.unlink()
     assert not store.exists(uri)
-    assert store.create(uri, about()).passages.count_rows() == 0
+    assert store.create(uri, about()).about == about()
+    other = str(tmp_path / "other")
+    store.connect(other).create_table("passages", [{"verse": "A rose"}])
+    with pytest.raises(RunError, match="holds a table passages that is not of a store"):
+        store.create(other, about())
+    assert store.connect(other).open_table("passages").count_rows() == 1
 
 
 def test_another_embedder_is_refused_by_name_and_remedy(tmp_path):
