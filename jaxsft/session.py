@@ -28,6 +28,7 @@ from jaxsft.tree import Tree
 from jaxsft.tuning import Learner
 from jaxsft.types import State
 
+Rows = data.PackedRows | data.PackedPairs | data.ContrastRows
 VERSION = 1  # of what is computed of a reference; another one is computed again
 AGREE = 0.5  # nats an answer, on average, by which two computations of a reference may differ: other devices, bfloat16
 
@@ -77,6 +78,7 @@ def load(
     *,
     seed: int,
     labels: int | None = None,
+    head: bool = True,
     vocabulary: hub.Vocabulary | None = None,
 ) -> Learner:
     """Loads a checkpoint, and splits its variables by what learns.
@@ -87,6 +89,7 @@ def load(
       mesh: where it lies.
       seed: draws the adapter.
       labels: 1 for a reward model, whose score trains whatever else does; see `hub.load_variables`.
+      head: False for the hidden states alone.
       vocabulary: of new tokens, whose tables train whatever else does.
 
     Raises:
@@ -107,6 +110,7 @@ def load(
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
         labels=labels,
         key=key_score,
+        head=head,
         vocabulary=vocabulary,
     )
     trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
@@ -307,8 +311,8 @@ def precompute(
 def learn(
     objective: Objective,
     learner: Learner,
-    rows: data.PackedRows | data.PackedPairs,
-    held_out: data.PackedRows | data.PackedPairs | None,
+    rows: Rows,
+    held_out: Rows | None,
     *,
     prepare: Prepare | None = None,
     config: Config,

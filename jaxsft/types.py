@@ -91,6 +91,19 @@ class Rollouts(NamedTuple):
     fresh: Bool[Array, "B 1"]  # has nothing been learned since `old`? The ratio of the two is then 1 exactly
 
 
+class Contrasts(NamedTuple):
+    """Questions, each with the passages it is to be told apart by: first the right one, then hard negatives.
+
+    Tokens are at the left of their rows. A row that only fills the batch has texts of -1 and sizes of 0.
+    """
+
+    queries: Int[Array, "B T"]
+    query_sizes: Int[Array, "B 1"]
+    passages: Int[Array, "B P S"]
+    passage_sizes: Int[Array, "B P"]
+    texts: Int[Array, "B P"]  # the number of each passage's text, to tell that two are the same; -1 for none
+
+
 class Mean(NamedTuple):
     """A metric with a weight of its own: a sum, and over how many."""
 

@@ -13,6 +13,7 @@ from jaxsft.data.chat import (
     ToolCall,
     Unpaired,
 )
+from jaxsft.data.contrasts import ContrastRows
 from jaxsft.data.formats import FORMATS, Format, detect, parse
 from jaxsft.data.gaps import Masking, masking
 from jaxsft.data.info import Source, resolve
@@ -41,6 +42,7 @@ __all__ = [
     "Comparison",
     "Completion",
     "Config",
+    "ContrastRows",
     "Conversation",
     "DataError",
     "Example",

@@ -18,9 +18,10 @@ from jaxsft.data import pack
 from jaxsft.data.render import Example
 from jaxsft.data.rows import DataError
 from jaxsft.data.store import Documents, hold
-from jaxsft.types import Tokens
+from jaxsft.types import Contrasts, Tokens
 
 if TYPE_CHECKING:
+    from jaxsft.data.contrasts import ContrastRows
     from jaxsft.data.pairs import PackedPairs
 
 FOREVER = 2**20  # epochs; grain's own endless stream overflows when it is batched by one row
@@ -70,7 +71,7 @@ class Batch(NamedTuple):
     position: dict[str, Any]  # after this batch; JSON
 
 
-def steps_per_epoch(rows: "PackedRows | PackedPairs", batch_size: int) -> int:
+def steps_per_epoch(rows: "PackedRows | PackedPairs | ContrastRows", batch_size: int) -> int:
     """Batches that hold all rows once, the last one perhaps not full.
 
     Example:
@@ -81,7 +82,7 @@ def steps_per_epoch(rows: "PackedRows | PackedPairs", batch_size: int) -> int:
 
 
 def batches(
-    rows: "PackedRows | PackedPairs",
+    rows: "PackedRows | PackedPairs | ContrastRows",
     batch_size: int,
     *,
     seed: int | None,
@@ -125,7 +126,14 @@ def batches(
         empty = grain.MapDataset.source([rows.empty()] * missing)
         data = grain.MapDataset.concatenate([data, empty])
     data = data.batch(batch_size // processes)[process::processes]
-    return iterate(data, rows.digest, position, lambda tokens: int((tokens.segments > 0).sum()))
+    return iterate(data, rows.digest, position, _count)
+
+
+def _count(tokens: Any) -> int:
+    """How many tokens are no padding."""
+    if isinstance(tokens, Contrasts):
+        return int(tokens.query_sizes.sum() + tokens.passage_sizes.sum())
+    return int((tokens.segments > 0).sum())
 
 
 def share(batch_size: int, processes: int) -> int:

@@ -3,6 +3,7 @@
 from jaxsft.losses.advantage import discounted, gae, group, leave_one_out, reinforce, whiten
 from jaxsft.losses.aggregate import AGGREGATES, LOSS_TYPES, LossType, aggregate
 from jaxsft.losses.chunks import CHUNK, CHUNK_CPU
+from jaxsft.losses.contrastive import contrastive
 from jaxsft.losses.divergence import DIVERGENCES
 from jaxsft.losses.episodes import episode_count, episode_mean, episode_sum, last
 from jaxsft.losses.kl import ESTIMATORS, adapt, kl
@@ -44,6 +45,7 @@ __all__ = [
     "cispo",
     "clipped_value",
     "collision",
+    "contrastive",
     "discounted",
     "entropies",
     "episode_count",

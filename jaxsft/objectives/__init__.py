@@ -5,6 +5,7 @@
 Sums, never means: whoever adds several batches divides once. A key switches dropout on; None is for evaluation.
 """
 
+from jaxsft.objectives.contrastive import contrastive
 from jaxsft.objectives.episodes import Assessed, Judged, critic, policy_of, seen_as
 from jaxsft.objectives.grpo import GRPO, METHODS
 from jaxsft.objectives.grpo import learning as grpo_learning
@@ -32,6 +33,7 @@ __all__ = [
     "Pairwise",
     "Reward",
     "bradley_terry",
+    "contrastive",
     "critic",
     "expect",
     "grpo_learning",

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft.hub import CheckpointError
-from jaxsft.hub.files import Reader, read_json
+from jaxsft.hub.files import Reader, read_json, write_json
 from jaxsft.models import POOLINGS, pool, unit
 
 # The former names of the ways to pool, in the order in which several are joined.
@@ -214,6 +214,38 @@ def _prompts(folder: Path) -> dict[str, Any]:
 def _normalised(folder: Path) -> bool:
     modules = _listed(folder / "modules.json") if (folder / "modules.json").is_file() else []
     return any(str(module.get("type", "")).endswith("Normalize") for module in modules)
+
+
+def write(folder: Path, recipe: Recipe, hidden: int, max_tokens: int) -> None:
+    """Writes beside a model how it is used, so that sentence-transformers makes the same vectors of it.
+
+    Args:
+      folder: with the model's weights and tokenizer.
+      recipe: how it is used.
+      hidden: features of a token.
+      max_tokens: the longest text.
+
+    Raises:
+      CheckpointError: layers behind the pooling, which are not written; the disk is full or refuses.
+    """
+    if recipe.layers:
+        raise CheckpointError(f"{recipe.folder} has Dense modules, which are kept only where nothing else changes")
+    parts = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(parts)
+    ]
+    flags = {flag: mode in recipe.pooling for flag, mode in FLAGS.items()}
+    prompts = {name: text for name, text in (("query", recipe.query), ("document", recipe.document)) if text}
+    files = {
+        "1_Pooling/config.json": {"word_embedding_dimension": hidden, **flags, "include_prompt": recipe.counts_prompt},
+        "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": recipe.lower},
+        "config_sentence_transformers.json": {"prompts": prompts, "similarity_fn_name": "cosine"},
+    }
+    for name, value in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, value)
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse(file: Path, keys: set[str], config: dict[str, Any]) -> None:
