@@ -1,10 +1,10 @@
 """Fusion: one order of passages out of two, by their words and by their meaning.
 
-`ranks` is the default. `scores` takes half the BM25 score over the best passage's, half the cosine as it is. That is not
-stretched to the range it has among the candidates, on purpose: an embedder that cannot tell passages apart, such as
-an English one asked in Chinese, gives them all about the same cosine, and so has no say; by ranks it has half. A search
-does not ask such an embedder, see `search.UNKNOWN`, and then finds what BM25 does. With all-MiniLM-L6-v2, recall of the
-right passage among the first and the first five, all questions:
+`ranks` is the default. `scores` takes half the BM25 score over the best passage's, half the cosine as it is. That is
+not stretched to the range it has among the candidates, on purpose: an embedder that cannot tell passages apart, such
+as an English one asked in Chinese, gives them all about the same cosine, and so has no say; by ranks it has half. A
+search does not ask such an embedder, see `search.UNKNOWN`, and then finds what BM25 does. With all-MiniLM-L6-v2,
+recall of the right passage among the first and the first five, all questions:
 
                               BM25          cosine        ranks         scores
     XQuAD, English            0.935 0.989   0.897 0.988   0.953 0.990   0.944 0.993
