@@ -28,7 +28,7 @@ REFINE = 4  # candidates compared exactly, in units of DEPTH
 UNKNOWN = 0.1  # share of a question's tokens; where the embedder does not know more of them, its opinion is noise
 COLUMNS = ["id", "vector", "text", "source", "title", "heading", "start", "end", "page", "tags"]
 Mode = Literal["hybrid", "dense", "text"]
-Rerank = Callable[[str, Sequence[str]], Sequence[float]]
+Rerank = Callable[[str, Sequence[str]], Sequence[float] | np.ndarray]
 Fuse = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 

@@ -6,7 +6,8 @@
 
 Every change is one version of a table, so a reader sees all of it or nothing, and whoever is killed leaves nothing half
 written. Readers are never locked out; a local store has one writer at a time. A store is a folder, or a place that
-LanceDB can write to: s3://, gs://, az://. There nothing locks: see to it that one process writes.
+LanceDB can write to: s3://, gs://, az://. There nothing locks: see to it that one process writes. One at memory://x
+lives as long as what `create` returns.
 
 Text is found by BM25 over words that ICU cuts, since Chinese has no spaces, with English stems and all stop words.
 """

@@ -127,8 +127,10 @@ def _document(folder):
     return next(iter(readers.read(folder, folder / "a.txt"))), Hashing().length
 
 
-def test_uris_of_object_stores_go_to_lancedb_as_they_are(tmp_path):
+def test_a_store_need_not_be_a_folder(tmp_path):
     assert store.remote("s3://bucket/store")
     assert not store.remote(str(tmp_path))
-    with store.writing("memory://store"):
-        assert not store.exists("memory://store")
+    with store.writing("memory://x"):
+        made = store.create("memory://x", about())
+        index.update(made, write(tmp_path, TEXTS), Hashing())
+    assert Searcher(made, Hashing()).find("lamp", k=1)[0].passage.text == "The lamp is red."
