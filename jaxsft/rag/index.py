@@ -60,6 +60,15 @@ class Done(NamedTuple):
     size: int  # bytes
 
 
+class Plan(NamedTuple):
+    """What an update has to do."""
+
+    todo: list[tuple[Done, Path]]
+    gone: list[str]
+    same: int
+    failed: list[Failure]
+
+
 @dataclass
 class Outcome:
     """What an update did."""
@@ -105,13 +114,12 @@ def update(
     Raises:
       RunError: there is no folder, or the store cannot be read or written.
     """
-    before, begun, outcome = store.settled(into), store.begun(into), Outcome()
-    todo, there = _changed(folder, before, settings(into), outcome)
-    gone = sorted((before.keys() | begun) - there)
-    store.forget(into, gone)
-    outcome.gone = len(gone)
-    steps = _steps(into, folder, todo, begun, embedder, max_bytes)
-    state = Progress(0, len(todo), 0, sum(done.size for done, _ in todo), 0)
+    begun = store.begun(into)
+    plan = _plan(folder, store.settled(into), begun, settings(into))
+    store.forget(into, plan.gone)
+    outcome = Outcome(gone=len(plan.gone), same=plan.same, failed=list(plan.failed))
+    steps = _steps(into, folder, plan.todo, begun, embedder, max_bytes)
+    state = Progress(0, len(plan.todo), 0, sum(done.size for done, _ in plan.todo), 0)
     for number, group in enumerate(_groups(steps), 1):
         ready = [step for step in group if isinstance(step, Ready)]
         finished = [step for step in group if isinstance(step, Done)]
@@ -142,44 +150,54 @@ def settings(into: Store) -> str:
     return f"{store.FORMAT} {about.digest} {about.size} {about.overlap}"
 
 
-def files(folder: Path) -> dict[str, Path]:
-    """The files of a folder and the folders in it that a reader knows: {source: path}.
+def files(folder: Path) -> tuple[dict[str, Path], list[Failure]]:
+    """The files of a folder, and of the folders in it, that a reader knows.
+
+    Returns:
+      {source: path}, and folders that cannot be looked into.
 
     Raises:
       RunError: there is no such folder.
     """
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder} with documents; give --docs the folder to index")
-    found = {}
-    for at, folders, names in os.walk(folder):
+    found, closed = {}, []
+    why = lambda error: closed.append(Failure(f"{readers.source(folder, Path(error.filename))}/", _reason(error)))
+    for at, folders, names in os.walk(folder, onerror=why):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if name.lower().endswith(readers.SUFFIXES) and not name.startswith((".", OPEN)):
-                path = Path(at, name)
+            path = Path(at, name)
+            known = name.lower().endswith(readers.SUFFIXES) and not name.startswith((".", OPEN))
+            if known and path.is_file():  # no pipe, which nobody may ever write to
                 found[readers.source(folder, path)] = path
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), closed
 
 
-def _changed(
-    folder: Path, before: Mapping[str, str], how: str, outcome: Outcome
-) -> tuple[list[tuple[Done, Path]], set[str]]:
-    """The files to read, and all that are there; those that cannot be read and those that are as before are counted."""
-    todo, found = [], files(folder)
+def _reason(error: OSError) -> str:
+    return f"cannot be read ({error.strerror or error})"
+
+
+def _plan(folder: Path, before: Mapping[str, str], begun: set[str], how: str) -> Plan:
+    """Compares the files of a folder with what a store has of them."""
+    found, failed = files(folder)
+    closed = tuple(name for name, _ in failed)  # whether what was in there is gone nobody knows
+    todo, same = [], 0
     for name, path in found.items():
         try:
             name.encode()
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(how.encode(), digest_size=16)).hexdigest()
             if before.get(name) == digest:
-                outcome.same += 1
+                same += 1
             else:
                 todo.append((Done(name, digest, name not in before, path.stat().st_size), path))
         except UnicodeEncodeError:
             shown = name.encode("utf-8", "replace").decode()
-            outcome.failed.append(Failure(shown, "has a name that is not UTF-8"))
+            failed.append(Failure(shown, "has a name that is not UTF-8"))
         except OSError as error:
-            outcome.failed.append(Failure(name, f"cannot be read ({error.strerror or error})"))
-    return todo, set(found)
+            failed.append(Failure(name, _reason(error)))
+    gone = [name for name in sorted((before.keys() | begun) - found.keys()) if not name.startswith(closed)]
+    return Plan(todo, gone, same, failed)
 
 
 def _steps(
@@ -209,10 +227,16 @@ def _documents(folder: Path, path: Path, max_bytes: int) -> Iterable[Document]:
 
     A table may be larger than memory, so it is read twice.
     """
-    if path.suffix.lower() in readers.STREAMED:
-        deque(readers.read(folder, path, max_bytes=max_bytes), maxlen=0)
-        return readers.read(folder, path, max_bytes=max_bytes)
-    return list(readers.read(folder, path, max_bytes=max_bytes))
+    found = readers.read(folder, path, max_bytes=max_bytes)
+    try:
+        if path.suffix.lower() not in readers.STREAMED:
+            return list(found)
+        deque(found, maxlen=0)
+    except ReadError:
+        raise
+    except Exception as error:  # of a parser, whatever it may be: one odd file does not stop the others
+        raise ReadError(path, f"cannot be read ({type(error).__name__}: {error})", "convert or leave it out") from error
+    return readers.read(folder, path, max_bytes=max_bytes)
 
 
 def document_digest(document: Document, how: str) -> str:

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -149,11 +151,42 @@ def test_no_folder_is_an_error_and_an_empty_one_is_not(tmp_path):
     assert Searcher(made, Hashing()).find("lamp") == []
 
 
-def test_hidden_files_and_unknown_endings_are_left_alone(tmp_path):
-    folder = write(
-        tmp_path, {"a.TXT": "a", ".b.txt": "b", ".git/c.txt": "c", "d.exe": "d", "~$e.docx": "e", "f/g.md": "g"}
-    )
-    assert list(index.files(folder)) == ["a.TXT", "f/g.md"]
+def test_hidden_files_unknown_endings_and_pipes_are_left_alone(tmp_path):
+    texts = {"a.TXT": "a", ".b.txt": "b", ".git/c.txt": "c", "d.exe": "d", "~$e.docx": "e", "f/g.md": "g"}
+    folder = write(tmp_path, texts)
+    os.mkfifo(folder / "pipe.txt")
+    found, closed = index.files(folder)
+    assert (list(found), closed) == (["a.TXT", "f/g.md"], [])
+
+
+def test_what_is_in_a_folder_that_cannot_be_looked_into_stays(tmp_path, monkeypatch):
+    made = build(tmp_path, TEXTS)
+    before, scan = contents(made), os.scandir
+
+    def closed(path):
+        if Path(path).name == "boats":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may look into every folder
+    outcome = index.update(made, tmp_path / "docs", Hashing())
+    assert (outcome.failed, outcome.gone) == ([("boats/", "cannot be read (Permission denied)")], 0)
+    assert contents(made) == before
+
+
+def test_a_parser_that_fails_in_its_own_way_does_not_stop_the_others(tmp_path, monkeypatch):
+    made, read = build(tmp_path, {}), readers.read
+
+    def odd(folder, file, **how):
+        if file.name == "b.txt":
+            raise KeyError("/Root")
+        yield from read(folder, file, **how)
+
+    monkeypatch.setattr(readers, "read", odd)
+    folder = write(tmp_path / "docs", {"a.txt": "a", "b.txt": "b", "c.txt": "c"})
+    outcome = index.update(made, folder, Hashing())
+    assert outcome.failed == [("b.txt", "cannot be read (KeyError: '/Root')")]
+    assert [row[0] for row in contents(made)] == ["a.txt", "c.txt"]
 
 
 def test_documents_are_cut_anew_when_the_size_changes(tmp_path):
