@@ -222,6 +222,10 @@ def encoder_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if architecture.endswith("Model"):
         return base | dense("pooler.dense", D, D)
     shapes = {f"{kind}.{name}": shape for name, shape in base.items()}
+    if architecture == "BertForSequenceClassification":
+        return shapes | dense("bert.pooler.dense", D, D) | dense("classifier", 1, D)
+    if architecture == "RobertaForSequenceClassification":
+        return shapes | dense("classifier.dense", D, D) | dense("classifier.out_proj", 1, D)
     if kind == "roberta":
         return shapes | dense("lm_head.dense", D, D) | norm("lm_head.layer_norm") | {"lm_head.bias": (V,)}
     head = "cls.predictions.transform"

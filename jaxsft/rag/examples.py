@@ -2,7 +2,8 @@
 
     {"query": "When does it open?", "positive": "The library opens at half past nine.", "negative": "It has a cat."}
 
-`anchor` and `question` mean query; `negative` may be missing, a string or a list (`negatives`), and `negative_1`,
+`anchor` and `question` mean query, and of rows for instruction tuning {"instruction", "input", "output"} are a question
+and what answers it. `negative` may be missing, a string or a list (`negatives`), and `negative_1`,
 `negative_2`, ... are more of them, as sentence-transformers has it.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxsft import data
 from jaxsft.data import DataError
 
-QUERY = ("query", "anchor", "question")
+QUERY, POSITIVE = ("query", "anchor", "question", "instruction"), ("positive", "output")
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,16 @@ def parse(fields: Mapping[str, Any]) -> Example:
       >>> parse({"anchor": "Why?", "positive": "So.", "negative": ["No.", "Never."]})
       Example(query='Why?', positive='So.', negatives=('No.', 'Never.'))
     """
-    name = next((name for name in QUERY if name in fields), None)
-    if name is None or "positive" not in fields:
+    name, right = (next((name for name in known if name in fields), "") for known in (QUERY, POSITIVE))
+    if not name or not right:
         raise DataError(f"columns {', '.join(fields)}; query (or anchor) and positive were expected")
     numbered = sorted(key for key in fields if key.startswith("negative_"))
     negatives = [one for key in ("negative", "negatives", *numbered) for one in _listed(fields.get(key))]
-    for kind, text in ((name, fields[name]), ("positive", fields["positive"]), *(("negative", x) for x in negatives)):
+    for kind, text in ((name, fields[name]), (right, fields[right]), *(("negative", one) for one in negatives)):
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{kind} is {text!r}; a text was expected")
-    return Example(fields[name], fields["positive"], tuple(negatives))
+    also = f"\n{fields['input']}" if name == "instruction" and fields.get("input") else ""
+    return Example(fields[name] + also, fields[right], tuple(negatives))
 
 
 def _listed(value: Any) -> Sequence[Any]:

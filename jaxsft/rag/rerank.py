@@ -1,7 +1,7 @@
 """Cross-encoders: question and text read together, one score a pair. Slower than vectors, and better at order.
 
     [CLS] which lamp is green ? [SEP] the harbour lamp is green . [SEP]
-    types  0    0    0   0    0  0    0     1     1       1   1   1    1   1     of BERT; RoBERTa has no types
+    types  0    0    0   0    0  0    0     1     1       1   1   1    1   1     of most BERTs; RoBERTa has none
 
 A text that is too long is cut, of question and text the longer one first, as transformers does. The scores are logits:
 their order is what counts. sentence-transformers puts a sigmoid over them unless its config says otherwise, which
@@ -11,6 +11,7 @@ Source: Nogueira and Cho 2019, arXiv:1901.04085.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxsft import hub, sharding
+from jaxsft.hub.files import read_json
 from jaxsft.models import Model, relevance
 from jaxsft.rag.embed import BATCH_TOKENS, batches, tokenizer_of
 from jaxsft.run import RunError
@@ -58,7 +60,17 @@ def load(
             "BertForSequenceClassification or RobertaForSequenceClassification with one label"
         )
     model, variables = hub.load_variables(str(folder), mesh, dtype=dtype)
-    return build(model, variables, hub.load_tokenizer(str(folder)), name=path, mesh=mesh, batch_tokens=batch_tokens)
+    tokenizer, how = hub.load_tokenizer(str(folder)), {"mesh": mesh, "batch_tokens": batch_tokens}
+    return build(model, variables, tokenizer, types=config.types > 1 and gives_types(folder), name=path, **how)
+
+
+def gives_types(folder: Path) -> bool:
+    """Whether the tokenizer of a BERT says which text a token is of; one of no particular model does so only if told."""
+    file = folder / "tokenizer_config.json"
+    said = read_json(file) if file.is_file() else {}
+    if names := said.get("model_input_names"):
+        return "token_type_ids" in names
+    return said.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def build(
@@ -66,25 +78,25 @@ def build(
     variables: Mapping,
     tokenizer: Any,
     *,
+    types: bool,
     name: str = "",
     mesh: Mesh | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> CrossEncoder:
-    """Makes a cross-encoder of a model in memory; arguments as for `embed.build`."""
+    """Makes a cross-encoder of a model in memory; types: is it told which text a token is of? Others as `embed.build`."""
     most = int(min(tokenizer.model_max_length, model.config.max_position))
     own = tokenizer_of(tokenizer, most)
     rows = 1 if mesh is None else int(mesh.shape["data"] * mesh.shape["fsdp"])
     put = (lambda x: x) if mesh is None else (lambda x: jax.device_put(x, sharding.rows(mesh)))
-    last = model.config.types - 1  # type: ignore[union-attr]
 
     def score(question: str, texts: Sequence[str]) -> Float[np.ndarray, "N"]:
         read = own.encode_batch([(question, text) for text in texts])
         found = np.zeros(len(texts), np.float32)
         for at, tokens, sizes in batches([pair.ids for pair in read], batch_tokens, most=most, rows=rows):
-            types = np.zeros_like(tokens)
-            for row, i in enumerate(at):
-                types[row, : sizes[row]] = np.minimum(read[i].type_ids, last)
-            values = _scores(model, variables, put(tokens), put(types), put(sizes[:, None]))
+            second = np.zeros_like(tokens)
+            for row, i in enumerate(at if types else ()):
+                second[row, : sizes[row]] = read[i].type_ids
+            values = _scores(model, variables, put(tokens), put(second), put(sizes[:, None]))
             found[at] = sharding.to_host(values)[: len(at)]
         return found
 

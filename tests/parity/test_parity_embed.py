@@ -159,13 +159,13 @@ def test_a_model2vec_table_is_read_by_its_recipe():
         np.testing.assert_allclose(vector, mean / max(np.linalg.norm(mean), 1e-12), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
-def test_a_cross_encoder_scores_as_theirs(kind, tmp_path, difference):
-    ids = {"pad_token_id": 0, "type_vocab_size": 1} if kind.startswith("Roberta") else {}
-    folder = save(kind, tmp_path, num_labels=1, **ids)
-    if ids:  # its tokenizers give no types
+@pytest.mark.parametrize(("kind", "typed"), [("Bert", True), ("Bert", False), ("Roberta", False)])
+def test_a_cross_encoder_scores_as_theirs(kind, typed, tmp_path, difference):
+    ids = {"pad_token_id": 0, "type_vocab_size": 1} if kind == "Roberta" else {}
+    folder = save(f"{kind}ForSequenceClassification", tmp_path, num_labels=1, **ids)
+    if typed:
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     given, question = texts(30, 60), "Which lamp is green, and who lit it?"
     theirs = sentences.CrossEncoder(str(folder), device="cpu")
