@@ -61,11 +61,13 @@ def load(
         )
     model, variables = hub.load_variables(str(folder), mesh, dtype=dtype)
     tokenizer, how = hub.load_tokenizer(str(folder)), {"mesh": mesh, "batch_tokens": batch_tokens}
-    return build(model, variables, tokenizer, types=config.types > 1 and gives_types(folder), name=path, **how)
+    return build(
+        model, variables, tokenizer, types=gives_types(folder) and getattr(config, "types", 1) > 1, name=path, **how
+    )
 
 
 def gives_types(folder: Path) -> bool:
-    """Whether the tokenizer of a BERT says which text a token is of; one of no particular model does so only if told."""
+    """Whether the tokenizer of a BERT says which text a token is of; one of no model's class does so only if told."""
     file = folder / "tokenizer_config.json"
     said = read_json(file) if file.is_file() else {}
     if names := said.get("model_input_names"):
@@ -83,7 +85,7 @@ def build(
     mesh: Mesh | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> CrossEncoder:
-    """Makes a cross-encoder of a model in memory; types: is it told which text a token is of? Others as `embed.build`."""
+    """Makes a cross-encoder of a model in memory; types: is it told which text a token is of? Others: `embed.build`."""
     most = int(min(tokenizer.model_max_length, model.config.max_position))
     own = tokenizer_of(tokenizer, most)
     rows = 1 if mesh is None else int(mesh.shape["data"] * mesh.shape["fsdp"])
