@@ -92,18 +92,19 @@ def mine(
     right: dict[str, set[str]] = {}
     for one in examples:
         right.setdefault(one.query, set()).add(one.positive)
-    number = {text: i for i, text in enumerate(corpus)}
-    vectors, found = embedder.documents(corpus), []
-    positives = embedder.documents([one.positive for one in examples])
+    known = list(dict.fromkeys([*corpus, *(one.positive for one in examples)]))
+    number = {text: i for i, text in enumerate(known)}
+    vectors, found = embedder.documents(known), []
     for start in range(0, len(examples), BLOCK):
         block = examples[start : start + BLOCK]
         asked = embedder.queries([one.query for one in block])
-        limits = below * np.einsum("qd,qd->q", asked, positives[start : start + BLOCK])
-        for one, similar, limit in zip(block, asked @ vectors.T, limits, strict=True):
-            similar[[number[text] for text in right[one.query] if text in number]] = -np.inf
+        for one, similar in zip(block, asked @ vectors.T, strict=True):
+            limit = below * similar[number[one.positive]]
+            similar[[number[text] for text in right[one.query]]] = -np.inf
+            similar[len(corpus) :] = -np.inf
             similar[similar >= limit] = -np.inf
             best = np.argsort(-similar, kind="stable")[: count + len(one.negatives)]
-            new = [corpus[i] for i in best if similar[i] > -np.inf and corpus[i] not in one.negatives]
+            new = [known[i] for i in best if similar[i] > -np.inf and known[i] not in one.negatives]
             found.append(one._replace(negatives=(*one.negatives, *new[:count])))
     return found
 

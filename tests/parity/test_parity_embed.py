@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import jaxsft
-from jaxsft import hub
+from jaxsft import config, hub
 from jaxsft.rag import embed, recipe, rerank, static
+from jaxsft.run import read_metrics
 
+from ..scripts.conftest import load_script
 from .pairs import torch, transformers
 
 sentences = pytest.importorskip("sentence_transformers")
@@ -179,3 +181,44 @@ def test_a_cross_encoder_scores_as_theirs(kind, typed, tmp_path, difference):
     hub.export(str(exported), hub.load(str(folder))[1], source=str(folder))
     again = sentences.CrossEncoder(str(exported), device="cpu").predict(pairs, activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(again, logits, atol=1e-6)
+
+
+def rows(path: Path, count: int) -> str:
+    """Questions that share a word with their passage and nothing else."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(count):
+        word = "".join(draw.choices("abcdefghij", k=6))
+        passage = " ".join([*draw.choices(["the", "lamp", "is", "of", "harbour"], k=6), word])
+        lines.append({"query": f"where is {word} ?", "positive": passage})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_the_script_leaves_makes_the_same_vectors_there(method, tmp_path, capsys):
+    base, out = save("BertModel", tmp_path / "base"), tmp_path / "run"
+    given = {
+        "model.path": base,
+        "data.train": rows(tmp_path / "rows.jsonl", 96),
+        "data.val_fraction": 0.2,
+        "tuning.method": method,
+        "embed.pooling": "cls+mean",
+        "embed.mine": 1,
+        "train.batch_size": 16,
+        "train.microbatches": 2,
+        "train.epochs": 2,
+        "optim.learning_rate": 0.002,
+        "run.output_dir": out,
+    }
+    script = load_script("embed")
+    script.main(config.parse(script.Config, [str(x) for key, value in given.items() for x in (f"--{key}", value)]))
+    assert "recall@1" in capsys.readouterr().out
+    losses = [line["eval_loss"] for line in read_metrics(out / "metrics.jsonl") if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+    given = texts(20, 30)
+    theirs = sentences.SentenceTransformer(str(out / "merged"), device="cpu").encode(given)
+    ours = embed.load(str(out / "merged")).documents(given)
+    assert closeness(ours, theirs) > 0.99999
+    assert np.abs(ours - embed.load(str(base), pooling="cls+mean").documents(given)).max() > 1e-3
+    assert (out / "adapter" / "adapter_config.json").is_file() == (method == "lora")

@@ -19,6 +19,7 @@ OWN = {
     "tokenizer": "tokenizer",
 }
 OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward", "ppo": "digits_ppo", "grpo": "digits_grpo"}
+OWN |= {"embed": "embed"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
