@@ -139,18 +139,19 @@ def minilm():
     return embed.load()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the questions in shared/data")
-@pytest.mark.parametrize("corpus", ["xquad.en", "xquad.zh", "pubmedqa"])
-def test_both_together_find_no_less_than_words_alone(corpus, tmp_path, minilm, capsys):
+@pytest.mark.parametrize(("corpus", "known"), [("xquad.en", 0.92), ("xquad.zh", 0.92), ("pubmedqa", 0.96)])
+def test_both_together_find_no_less_than_words_alone(corpus, known, tmp_path, minilm, capsys):
     documents, questions = pubmedqa() if corpus == "pubmedqa" else xquad(corpus.removeprefix("xquad."))
+    if corpus == "pubmedqa":  # all 700 take minutes
+        documents, questions = documents[:200], questions[:200]
     figures = recall(tmp_path, minilm, documents, questions)
     with capsys.disabled():
-        print(corpus, figures)
+        print(f"\n{corpus}: {figures}")
     text, hybrid = figures["text"], figures["hybrid"]
+    assert text["R@1"] >= known
+    assert hybrid["R@1"] >= text["R@1"]
+    assert hybrid["R@5"] >= text["R@5"]
     if corpus == "xquad.zh":  # the embedder knows no Chinese, and must not spoil what words find
         assert figures["dense"]["R@1"] < 0.3
-        assert hybrid["R@1"] > text["R@1"] - 0.015
-    else:
-        assert hybrid["R@1"] >= text["R@1"]
-        assert text["R@1"] >= {"xquad.en": 0.92, "pubmedqa": 0.955}[corpus]
-    assert hybrid["R@5"] >= text["R@5"]
