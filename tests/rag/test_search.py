@@ -160,6 +160,7 @@ def test_filters_hold_for_words_and_meaning(tmp_path):
         ("lang=en' OR 'a'='a",): set(),
         ("source=a.lamp.md",): set(),
         ("lang=.*",): set(),
+        ("ang=e*",): set(),
     }
     for conditions, right in wanted.items():
         for mode in ("dense", "hybrid"):
