@@ -196,7 +196,10 @@ def _reading(folder: Path) -> dict[str, Any]:
 
 
 def _prompts(folder: Path) -> dict[str, Any]:
-    """The texts before a question and before a passage, as `encode_query` and `encode_document` choose them."""
+    """The texts before a question and before a passage, as `encode_query` and `encode_document` choose them.
+
+    Where several names are given for passages it is the first that is not empty: saving adds an empty `document`.
+    """
     file = folder / "config_sentence_transformers.json"
     if not file.is_file():
         return {}
@@ -207,8 +210,12 @@ def _prompts(folder: Path) -> dict[str, Any]:
     if config.get("similarity_fn_name") not in (None, "cosine", "euclidean", *([] if scaled else ["dot"])):
         _refuse(file, {"similarity_fn_name"}, config)
     prompts, usual = config.get("prompts") or {}, config.get("default_prompt_name")
-    first = lambda names: next((prompts[name] for name in names if name in prompts), "") or ""
-    return {"query": first(["query", usual]), "document": first([*PASSAGE, usual])}
+    usual = "" if usual is None else prompts.get(usual) or ""
+    passage = [prompts[name] or "" for name in PASSAGE if name in prompts]
+    return {
+        "query": prompts.get("query", usual) or "",
+        "document": next(filter(None, passage), "") if passage else usual,
+    }
 
 
 def _normalised(folder: Path) -> bool:

@@ -71,7 +71,7 @@ def save(kind: str, folder: Path, seed: int = 0, **keys) -> Path:
 
 
 def test_the_default_embedder_is_minilm(difference):
-    given = texts(600, 60) + texts(40, 300, seed=1)
+    given = texts(150, 20) + texts(3, 300, seed=1)
     theirs = sentences.SentenceTransformer(str(embed.default()), device="cpu").encode(given, batch_size=64)
     ours = embed.load().documents(given)
     assert closeness(ours, theirs) > 0.99999

@@ -53,8 +53,12 @@ def test_the_longest_text_prompts_and_lower_case_are_read(tmp_path):
     more = {"sentence_bert_config": {"max_seq_length": 12, "do_lower_case": True}, "config_sentence_transformers": said}
     found = recipe.read(folder_of(tmp_path, **PLAIN, **more))
     assert (found.max_tokens, found.lower, found.query, found.document) == (12, True, "q: ", "p: ")
-    del said["prompts"]["query"]
-    assert recipe.read(folder_of(tmp_path, config_sentence_transformers=said)).query == "o: "
+    said["prompts"] = {"document": "", "passage": "p: ", "other": "o: "}
+    found = recipe.read(folder_of(tmp_path, config_sentence_transformers=said))
+    assert (found.query, found.document) == ("o: ", "p: ")
+    said["prompts"] = {"query": "", "document": "", "other": "o: "}
+    found = recipe.read(folder_of(tmp_path, config_sentence_transformers=said))
+    assert (found.query, found.document) == ("", "")
 
 
 @pytest.mark.parametrize(("files", "message"), [
