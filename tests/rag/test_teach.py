@@ -12,7 +12,7 @@ CORPUS = ["a", "b", "c", "d", "e"]
 def embedder(vectors: dict[str, list[float]]) -> Embedder:
     unit = {text: np.array(x, np.float32) / np.linalg.norm(x) for text, x in vectors.items()}
     look = lambda texts: np.stack([unit[text] for text in texts])
-    return Embedder("table", "", 2, 99, None, look, look, len)
+    return Embedder("table", "", 2, 99, None, look, look, len, lambda text: 0.0)
 
 
 # By cosine with q: a 1, b 0.9, c 0.8, d 0, e -1.
