@@ -48,8 +48,8 @@ class Searcher:
     embedder: Any  # see rag.embed; none is needed to search by words alone
     rerank: Rerank | None = None
     """(question, texts) -> a score each, such as a cross encoder's"""
-    fuse: Fuse = fusion.scores
-    """makes one order of two in mode hybrid; fusion.ranks is the other one"""
+    fuse: Fuse = fusion.ranks
+    """makes one order of two in mode hybrid; fusion.scores is the other one"""
 
     def find(
         self, question: str, *, k: int = 5, mode: Mode = "hybrid", where: Sequence[str] = (), diversity: float = 0.0

@@ -45,7 +45,7 @@ def test_a_folder_is_indexed_and_searched(rag, docs):
     rank, score, cosine, where, text = (cell.strip() for cell in row.strip("│ ").split("│"))
     assert (rank, where, text) == ("1", "lamp.md, Colour", "## Colour The lamp is red.")
     assert 0 < float(cosine) < 1
-    assert float(score) == pytest.approx(0.4 + 0.6 * float(cosine), abs=2e-3)  # the first by its words
+    assert float(score) == pytest.approx(2 / 61, abs=1e-3)  # the first by words and by meaning
 
 
 def test_options_of_a_search(rag, docs):
