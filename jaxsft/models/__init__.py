@@ -1,4 +1,4 @@
-"""Models: one decoder and one encoder, and a thin family file for each kind of checkpoint."""
+"""Models: one decoder, one encoder, three networks of images, and a thin family file for each kind of checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,10 +32,28 @@ from jaxsft.models import (
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.decoder import shares_prompts
 from jaxsft.models.encoder import EncoderConfig, relevance
-from jaxsft.models.family import TABLES, Family, ModelConfig, Name, with_labels
+from jaxsft.models.family import HEADS, TABLES, Family, ModelConfig, Name, VisionConfig, layers_of, with_labels
 from jaxsft.models.model import Cache, Model, logits, span, split
 from jaxsft.models.pooling import POOLINGS, pool, unit
 from jaxsft.models.reward import last, scores
+from jaxsft.models.vision import (
+    clip,
+    convnext,
+    convnextv2,
+    deit,
+    depthwise,
+    dinov2,
+    dinov2_with_registers,
+    residual,
+    resnet,
+    siglip,
+    tower,
+    vit,
+)
+from jaxsft.models.vision.depthwise import ConvNextConfig
+from jaxsft.models.vision.residual import STATISTICS, ResNetConfig
+from jaxsft.models.vision.tower import TowerConfig
+from jaxsft.tree import Pattern
 
 FAMILIES: dict[str, Family] = {
     "bert": bert.FAMILY,
@@ -58,6 +76,21 @@ FAMILIES: dict[str, Family] = {
     "smollm3": smollm3.FAMILY,
 }
 
+# Those of images; what reads texts is above.
+VISION: dict[str, Family] = {
+    "clip": clip.FAMILY._replace(prefix=""),
+    "clip_vision_model": clip.FAMILY,
+    "convnext": convnext.FAMILY,
+    "convnextv2": convnextv2.FAMILY,
+    "deit": deit.FAMILY,
+    "dinov2": dinov2.FAMILY,
+    "dinov2_with_registers": dinov2_with_registers.FAMILY,
+    "resnet": resnet.FAMILY,
+    "siglip": siglip.FAMILY._replace(prefix=""),
+    "siglip_vision_model": siglip.FAMILY,
+    "vit": vit.FAMILY,
+}
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Finds the family of a `config.json`.
@@ -69,10 +102,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
       >>> family_of({"model_type": "llama"}) is FAMILIES["llama"]
       True
     """
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    kind, known = config.get("model_type"), FAMILIES | VISION
+    if kind not in known:
+        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(known)}")
+    return known[kind]
 
 
 def build(
@@ -82,31 +115,51 @@ def build(
     remat: str = "none",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
+    follows: Pattern = (),
 ) -> Model:
-    """Makes the functions of a model, decoder or encoder as its config is; see `decoder.build`, `encoder.build`.
+    """Makes the functions of a model, as its config is; see `decoder.build`, and `build` of the other networks.
+
+    `follows` are the addresses that train, which only a network with batch norms asks: see `vision.residual`.
 
     Example:
       >>> build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64)).config.mlm
       True
     """
-    make: Any = encoder.build if isinstance(config, EncoderConfig) else decoder.build
-    return make(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh)
+    given: dict[str, Any] = {"dtype": dtype, "remat": remat, "lora_dropout": lora_dropout, "mesh": mesh}
+    match config:
+        case EncoderConfig():
+            return encoder.build(config, **given)
+        case TowerConfig():
+            return tower.build(config, **given)
+        case ResNetConfig():
+            return residual.build(config, **given, follows=follows)
+        case ConvNextConfig():
+            return depthwise.build(config, **given)
+    return decoder.build(config, **given)
 
 
 __all__ = [
     "FAMILIES",
+    "HEADS",
     "POOLINGS",
+    "STATISTICS",
     "TABLES",
+    "VISION",
     "Cache",
+    "ConvNextConfig",
     "DecoderConfig",
     "EncoderConfig",
     "Family",
     "Model",
     "ModelConfig",
     "Name",
+    "ResNetConfig",
+    "TowerConfig",
+    "VisionConfig",
     "build",
     "family_of",
     "last",
+    "layers_of",
     "logits",
     "pool",
     "relevance",

@@ -14,8 +14,13 @@ from jax.sharding import PartitionSpec
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.encoder import EncoderConfig
 from jaxsft.models.rope import KINDS, Rope
+from jaxsft.models.vision.depthwise import ConvNextConfig
+from jaxsft.models.vision.residual import ResNetConfig
+from jaxsft.models.vision.tower import TowerConfig
 
-ModelConfig = DecoderConfig | EncoderConfig
+VisionConfig = TowerConfig | ResNetConfig | ConvNextConfig
+ModelConfig = DecoderConfig | EncoderConfig | VisionConfig
+HEADS = "score/kernel|classifier/(kernel|bias)"  # the leaves that a model with other labels has anew
 TABLES = "(embed|head)/table|mlm/bias"  # the leaves that have a row for each token
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
@@ -43,6 +48,11 @@ def norm(here: str, there: str) -> tuple[Name, Name]:
     return Name(f"{here}/scale", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
 
 
+def conv(here: str, there: str) -> tuple[Name, Name]:
+    """The names of a convolution's filters and bias, which lie there as they do here."""
+    return Name(f"{here}/filters", f"{there}.weight"), Name(f"{here}/bias", f"{there}.bias")
+
+
 SCORE = Name("score/kernel", "score.weight", transposed=True)  # of every ...ForSequenceClassification over a decoder
 
 
@@ -55,7 +65,12 @@ class Family(NamedTuple):
     copies: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     unused: tuple[str, ...] = ()  # patterns over names of tensors that nothing here computes with: copied as they are
     task: str | None = "CAUSAL_LM"  # PEFT's word for what the model does
-    classifier: str = ""  # transformers' class of reward models, where it has one
+    classifier: str = ""  # transformers' class of reward models, or of models of images that classify
+    lost: tuple[str, ...] = ()  # of `unused`, those that class has no place for
+    parent: str = ""  # the model_type of which this is the vision tower, where that class is of both towers
+    # (pattern, replacement): what in names of files transformers' modules are called otherwise, and with them PEFT's.
+    modules: tuple[tuple[str, str], ...] = ()
+    older: tuple[tuple[str, str], ...] = ()  # (part of a name, what some files have there)
     checkpoints: tuple[str, ...] = ()  # some on the hub whose config.json is one of the family's, for docs/models.md
 
 
@@ -171,12 +186,32 @@ def read_labels(read: Reader) -> int:
     return 1
 
 
+def read_classes(read: Reader, classifier: str) -> int:
+    """Reads how many classes a model of images knows; 0 where `classifier` is none of its architectures."""
+    named, count, labels = read("architectures", []), read("num_labels", 2), read("id2label", {})
+    return (len(labels) or count) if classifier in named else 0
+
+
+def read_square(read: Reader, key: str, default: int) -> int:
+    """Reads the side of a square: a number, or twice the same.
+
+    Raises:
+      ValueError: height and width that differ.
+    """
+    value = read(key, default)
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1:
+        raise ValueError(f"config.json sets {key!r} to {value!r}; only squares are supported")
+    return int(sides.pop())
+
+
 def with_labels(family: Family, config: ModelConfig, labels: int | None) -> ModelConfig:
-    """The config of the same model with `labels` scores of a text in the place of its output layer.
+    """The config of the same model with `labels` scores of a text, or of an image, in the place of its output layer.
 
     Args:
       family, config: of a checkpoint.
-      labels: 1 for a reward model, 0 for a language model, None for what the checkpoint is.
+      labels: of a text 1 for a reward model, 0 for a language model; of an image the number of classes, 0 for its
+        vector alone; None for what the checkpoint is.
 
     Raises:
       ValueError: a model that cannot be that.
@@ -189,6 +224,10 @@ def with_labels(family: Family, config: ModelConfig, labels: int | None) -> Mode
       (1, False)
     """
     labels = config.labels if labels is None else labels
+    if isinstance(config, VisionConfig):
+        if labels < 0:
+            raise ValueError(f"labels is {labels}; it must be the number of classes, or 0 for none")
+        return dataclasses.replace(config, labels=labels)
     if labels not in (0, 1):
         raise ValueError(f"labels is {labels}; it must be 1, a reward model, or 0, a language model")
     if config.labels and not labels:
@@ -203,6 +242,19 @@ def with_labels(family: Family, config: ModelConfig, labels: int | None) -> Mode
             " of it; choose another, such as llama or qwen3"
         )
     return config if config.labels else dataclasses.replace(config, labels=labels, tied=False)
+
+
+def layers_of(config: ModelConfig, path: str) -> int:
+    """How many layers the leaves at a path, without its stack's name, stand for: of a stage, or of the network.
+
+    Example:
+      >>> layers_of(ResNetConfig(8, (8, 16), (1, 4)), "stage1/layer0/conv/filters")
+      4
+    """
+    if isinstance(config, ResNetConfig | ConvNextConfig):
+        stage = int(path.partition("/")[0].removeprefix("stage"))
+        return config.depths[stage] if stage < len(config.depths) else 0
+    return config.layers
 
 
 def read_types(read: Reader, default: list[str]) -> list[str]:

@@ -17,8 +17,7 @@ from jaxsft.tree import Tree
 from jaxsft.types import Key
 
 if TYPE_CHECKING:
-    from jaxsft.models.block import DecoderConfig
-    from jaxsft.models.encoder import EncoderConfig
+    from jaxsft.models.family import ModelConfig
 
 REMAT: dict[str, Callable | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -45,12 +44,14 @@ class Model(NamedTuple):
     kernels are packed (`quant`) instead of being parameters. Where an adapter is on the output layer, features and
     table are wider than D by its rank (see `adapter.widen`). `reads` is, for rows of pairs, the segment that each token
     sees beside its own (`types.reads`). `read` gives features and a cache with a slot for each place of a row.
+    A model of images takes pixels [B, H, W, C], normalised, where tokens stand, and gives a vector [B, 1, D] an image.
     """
 
-    config: "DecoderConfig | EncoderConfig"
+    config: "ModelConfig"
     init: Callable[[Key], Tree]  # key -> params
     features: Callable[..., Float[Array, "B T D"]]  # (variables, tokens, positions, segments, dropout=None, reads=None)
-    learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]  # likewise, and `moe.balance`: 0 if dense
+    # likewise, and what training adds to the mean loss: `moe.balance`, the drift of `vision.layers.BatchNorm`; else 0
+    learn: Callable[..., tuple[Float[Array, "B T D"], Float[Array, ""]]]
     output: Callable[[Mapping], Float[Array, "V D"]]  # variables -> the table that makes logits of features, or raises
     read: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, segments)
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache), see `write`
@@ -124,9 +125,9 @@ def split(params: Tree, at: int) -> Tree:
     return {**params, "blocks": stacks}
 
 
-def by_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+def by_rows(x: Float[Array, "B ..."], mesh: Mesh | None) -> Float[Array, "B ..."]:
     """Says that activations are cut as the batch is; the cut of the embedding's features would spread otherwise."""
     axes = ("data", "fsdp")
     if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, None, None)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *[None] * (x.ndim - 1))))
