@@ -1,19 +1,23 @@
 """The optimizer: AdamW with warmup, a schedule and clipping, built from Optax.
 
+Running statistics of batch norms are no weights: they go a tenth of the way to the batch's in every step, as in torch,
+whatever the learning rate is, and neither clipping nor the norm that is logged counts their way.
 Source: Loshchilov and Hutter 2017, arXiv:1711.05101. Norm scales and biases do not decay.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import optax
 
 from jaxsft import tree
 
-DECAYS = ".*/(kernel|table|positions|types|a|b|m)"  # m as in PEFT
+DECAYS = ".*/(kernel|filters|table|positions|types|a|b|m)"  # m as in PEFT
+FOLLOWS = ".*/running_(mean|var)"  # whose gradient is how far they are from the batch's, see `models.vision.layers`
+MOMENTUM = 0.1  # torch's, of batch norms
 # What LoRA+ learns faster, as in PEFT: B, and vectors. In the embedding's adapter, where A starts at zero, neither is.
 FASTER = ("(value/)?lora/(?!embed/).*/b", "(value/)?lora/.*/m", "(value/)?params/.*/(bias|scale)")
 
@@ -98,7 +102,39 @@ def build(config: Config, steps: int) -> tuple[optax.GradientTransformation, Cal
     chain.append(optax.adamw(rate, c.beta1, c.beta2, c.eps, weight_decay=c.weight_decay, mask=decays))
     if c.lora_plus != 1:
         chain.append(optax.masked(optax.scale(c.lora_plus), _faster))
-    return optax.chain(*chain), rate
+    return following(optax.chain(*chain)), rate
+
+
+def following(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same for weights, and plain descent at `MOMENTUM` for running statistics; its state knows the weights alone.
+
+    Example:
+      >>> tx = following(optax.sgd(1.0))
+      >>> params = {"norm": {"running_mean": jnp.array(1.0), "scale": jnp.array(1.0)}}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> round(float(updates["norm"]["running_mean"]), 2), float(updates["norm"]["scale"])
+      (-0.1, -1.0)
+    """
+
+    def init(params):
+        return tx.init(weights(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        own = weights(updates)
+        moves, state = tx.update(own, state, None if params is None else weights(params))
+        if own is updates:
+            return moves, state
+        follow = {path: -MOMENTUM * x for path, x in tree.flat(updates).items() if tree.matches(FOLLOWS, path)}
+        return tree.combine(cast(tree.Tree, moves), tree.nest(follow)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def weights(leaves: Any) -> Any:
+    """A tree without running statistics; the very same where it has none."""
+    flat = tree.flat(leaves) if isinstance(leaves, Mapping) else {}
+    kept = {path: x for path, x in flat.items() if not tree.matches(FOLLOWS, path)}
+    return leaves if len(kept) == len(flat) else tree.nest(kept)
 
 
 def _faster(params: Mapping) -> tree.Tree:

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from jaxsft import sharding, tree
+from jaxsft import optim, sharding, tree
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.tree import Tree
@@ -150,7 +150,7 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         metrics = {
             "loss": sums.loss / weight,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": optax.tree.norm(optim.weights(grads)),
             "trained_tokens": sums.weight,
             **{name: _mean(value, weight) for name, value in sums.metrics.items()},
         }

@@ -106,6 +106,11 @@ def plan(config: Config, depth: int, also: Sequence[str] = ()) -> Plan:
 
 
 def _stack(layers: int, depth: int) -> tuple[str, int | None]:
+    if not depth:
+        raise ValueError(
+            f"tuning.layers is {layers}, but this model has stages instead of layers that are alike; name those that "
+            "train in tuning.trainable, such as stage3/.*"
+        )
     if not 1 <= abs(layers) <= depth:
         raise ValueError(f"tuning.layers is {layers}, but the model has {depth} layers; give 1 to {depth}, or negative")
     if abs(layers) == depth:

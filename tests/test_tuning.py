@@ -203,6 +203,13 @@ def test_settings_that_contradict_each_other_or_the_model_are_refused(config, me
         tuning.plan(config, DEPTH)
 
 
+def test_layers_of_a_model_of_stages_are_named():
+    with pytest.raises(
+        ValueError, match="this model has stages .*; name those that train in tuning.trainable, such as"
+    ):
+        tuning.plan(Config(method="partial", layers=2), 0)
+
+
 def test_the_description_counts_what_trains():
     plan = tuning.plan(Config(method="partial", trainable=["norm/scale"]), DEPTH)
     lines = tuning.describe(plan, *tree.partition({"params": params()}, plan.trainable))
