@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxsft.hub.disk import on_disk
 from jaxsft.hub.files import CheckpointError, digest, resolve
+from jaxsft.hub.images import classes
 from jaxsft.hub.merge import export, merge
 from jaxsft.hub.peft import export_adapter, load_adapter
 from jaxsft.hub.source import read_config, shapes
@@ -57,6 +58,7 @@ __all__ = [
     "abstract",
     "adapter_template",
     "adapter_tokenizer",
+    "classes",
     "digest",
     "export",
     "export_adapter",

@@ -39,6 +39,7 @@ TOKENIZER = (
 COMPANIONS = (
     *TOKENIZER,
     "generation_config.json",
+    "preprocessor_config.json",  # of images
     "modules.json",  # of sentence-transformers, like those below
     "*sentence*.json",
     "[0-9]_*/*",
@@ -155,7 +156,7 @@ class Reader:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or the part of it that `index` names."""
         with self._open(self.files[name]) as opened:  # opened anew: what stays mapped counts as memory in use
-            return opened.get_slice(name)[index if index else slice(None)]
+            return opened.get_slice(name)[index if index else ...]
 
 
 class Tensor(NamedTuple):
@@ -191,7 +192,7 @@ def write(folder: Path, tensors: Iterable[Tensor], *, shard_gb: float, single: s
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part, shard in zip(parts, shards, strict=True):
-            made = {t.name: np.ascontiguousarray(t.make()) for t in shard}
+            made = {t.name: np.asarray(t.make(), order="C") for t in shard}
             if writes:
                 save_file(made, part, metadata={"format": "pt"})
                 part.chmod(0o644)  # safetensors makes files that only their owner can read

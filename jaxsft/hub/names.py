@@ -2,22 +2,25 @@
 
 blocks/0-3/attn/q/kernel             [4, in, out]      model.layers.{0..3}.self_attn.q_proj.weight        [out, in]
 blocks/0-3/moe/experts/up/kernel     [4, 8, in, out]   model.layers.{0..3}.mlp.experts.{0..7}.up_proj.weight
+stage1/0-2/conv/filters              [3, out, in, ...] convnext.encoder.stages.1.layers.{0..2}.dwconv.weight
 
 A family has one name for each; a file may have it without the prefix of the base model, or in an older form. So every
 function here takes the names of a file, and speaks as the file does; without any, as the family does.
 """
 
 import itertools
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxsft import tree
-from jaxsft.models import Family, ModelConfig, Name, span
+from jaxsft.models import HEADS, Family, ModelConfig, Name, layers_of, span
 
 # Buffers that older checkpoints carry and that follow from the config.
 DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "embeddings.position_ids")
+STACK = re.compile(r"\d+-\d+")  # the name of a stack of layers
 OLDER = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # the first BERTs
 
 
@@ -47,7 +50,7 @@ def unstacked(path: str) -> tuple[str, range | None]:
       ('norm/scale', None)
     """
     first, *rest = path.split("/")
-    return (path, None) if first != "blocks" else ("/".join([first, *rest[1:]]), span(rest[0]))
+    return ("/".join([first, *rest[1:]]), span(rest[0])) if rest and STACK.fullmatch(rest[0]) else (path, None)
 
 
 def stored(family: Family, name: str, files: Collection[str]) -> str:
@@ -60,8 +63,22 @@ def stored(family: Family, name: str, files: Collection[str]) -> str:
       'embeddings.LayerNorm.gamma'
     """
     forms = [name, name.removeprefix(family.prefix)]
-    forms += [form.replace(*pair) for pair in OLDER for form in forms]
+    forms += [form.replace(*pair) for pair in (*OLDER, *family.older) for form in forms]
+    forms += [module(family, form) for form in forms if family.modules]
     return next((form for form in forms if form in files), name)
+
+
+def module(family: Family, name: str) -> str:
+    """What transformers' modules, and with them PEFT's files, call the tensor that a file calls `name`.
+
+    Example:
+      >>> from jaxsft.models import VISION
+      >>> module(VISION["vit"], "vit.encoder.layer.3.attention.attention.query.weight")
+      'vit.layers.3.attention.q_proj.weight'
+    """
+    for pattern, replacement in family.modules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def places(family: Family, config: ModelConfig, files: Collection[str] = ()) -> dict[str, Place]:
@@ -69,7 +86,7 @@ def places(family: Family, config: ModelConfig, files: Collection[str] = ()) -> 
     found, moe = {}, getattr(config, "moe", None)
     for name in family.names:
         experts = range(moe.experts) if moe and "{expert}" in name.hf else [None]
-        layers = range(config.layers) if "{layer}" in name.hf else [None]
+        layers = range(layers_of(config, name.path)) if "{layer}" in name.hf else [None]
         for layer, expert in itertools.product(layers, experts):
             here = stored(family, name.hf.format(layer=layer, expert=expert), files)
             found[here] = Place(Address(name.path, layer, expert), name.transposed)
@@ -119,6 +136,12 @@ def name_of(family: Family, address: Address) -> tuple[str, bool]:
     """
     name = entry(family, address.path)
     return name.hf.format(layer=address.layer, expert=address.expert), name.transposed
+
+
+def heads(family: Family, files: Collection[str]) -> set[str]:
+    """The tensors of a file that make scores of texts or images."""
+    found = {stored(family, name.hf, files) for name in family.names if tree.matches(HEADS, name.path)}
+    return found & set(files)
 
 
 def unused(family: Family, name: str) -> bool:

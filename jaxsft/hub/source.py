@@ -8,7 +8,7 @@ import jax
 
 from jaxsft.hub import msgpack, names
 from jaxsft.hub.files import CheckpointError, Reader, has_safetensors, read_json
-from jaxsft.models import EncoderConfig, Family, ModelConfig, build, family_of, split, with_labels
+from jaxsft.models import EncoderConfig, Family, ModelConfig, VisionConfig, build, family_of, split, with_labels
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -52,6 +52,8 @@ def headless(family: Family, config: ModelConfig, files: Collection[str]) -> tup
     head = {names.stored(family, name.hf, files) for name in family.names if name.path.startswith(("mlm/", "head/"))}
     if isinstance(config, EncoderConfig):
         return dataclasses.replace(config, mlm=False), head
+    if isinstance(config, VisionConfig):
+        return dataclasses.replace(config, labels=0), names.heads(family, files)
     return (config if config.labels else dataclasses.replace(config, tied=True)), head
 
 

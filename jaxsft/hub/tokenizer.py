@@ -8,6 +8,7 @@ import jax
 from jaxsft.data import templates
 from jaxsft.hub.files import CheckpointError, read_json, resolve, write_json
 from jaxsft.hub.source import read_config
+from jaxsft.models import VisionConfig
 
 # Tokens that end no text, the first that a vocabulary has: those named for padding, what stands for nothing, and the
 # byte 0xFF, which no UTF-8 holds, as byte-fallback and byte-level vocabularies write it.
@@ -97,6 +98,8 @@ def pad_apart(folder: Path) -> None:
     """
     file = folder / "config.json"
     if jax.process_index() or not file.is_file() or not (shape := read_config(folder)[1]).labels:
+        return
+    if isinstance(shape, VisionConfig):  # a classifier of images pads nothing
         return
     config, stops = read_json(file), _listed(file) | _listed(folder / "generation_config.json")
     has_row = lambda token: token is not None and token < shape.vocab_size

@@ -18,7 +18,7 @@ from jaxsft.hub.disk import check, part_of
 from jaxsft.hub.files import CheckpointError, read_json, resolve
 from jaxsft.hub.source import headless, open_weights, read_config, shapes
 from jaxsft.hub.vocabulary import Vocabulary, grown, with_rows
-from jaxsft.models import TABLES, Model, ModelConfig, build
+from jaxsft.models import HEADS, STATISTICS, TABLES, Model, ModelConfig, VisionConfig, build
 from jaxsft.tree import Pattern, Tree
 from jaxsft.types import Key
 
@@ -83,9 +83,11 @@ def load_variables(
     Args:
       quantise: how the kernels of the layers are packed, "int8" or "nf4" (see `quant`), or "none". Embeddings, norms,
         biases and the output layer are parameters in any case.
-      labels: 1 for a reward model. From a language model all but its output layer is loaded then, and the score is
-        drawn, float32 as it is to train. By default the checkpoint is what its config.json says.
-      key: draws the score: normal, of the deviation that config.json has for initializer_range, else 0.02.
+      labels: 1 for a reward model, the number of classes for a model of images. Where the checkpoint has another number
+        all but its output layer is loaded, and a new one is drawn, float32 as it is to train. By default the checkpoint
+        is what its config.json says.
+      key: draws the new layer: normal, of the deviation that config.json has for initializer_range, else 0.02; its bias
+        is 0.
       head: False for the hidden states alone: what makes scores of tokens is not read, and may be missing.
 
     Returns:
@@ -116,7 +118,7 @@ def load_variables(
     params, packed, wanted, drawn = {}, {}, set(), _drawn(folder, config)
     for path_, place in tree.flat(placed).items():
         if path_ in drawn:
-            params[path_] = _draw(folder, leaves[path_].shape, key, place)
+            params[path_] = _draw(folder, path_, leaves[path_].shape, key, place)
             continue
         here, transposed = names.leaf_names(family, path_, leaves[path_].shape, reader.files)
         check(reader, here, leaves[path_].shape, transposed)
@@ -126,15 +128,18 @@ def load_variables(
             host = {f"{path_.removesuffix('/kernel')}/{name}": part for name, part in parts.items()}
             packed |= _put(host, sharding.shardings(host, quant.rules(family.rules), mesh))
         else:
-            kind = jnp.float32 if tree.matches(full_precision, f"params/{path_}") else dtype
+            full = tree.matches(full_precision, f"params/{path_}") or tree.matches(STATISTICS, path_)
+            kind = jnp.float32 if full else dtype
             grows = vocabulary if tree.matches(TABLES, path_) else None
             params[path_] = _place(reader, here, leaves[path_].shape, transposed, kind, place, grows)
     spare = {copy for copy, _ in family.copies} if config.tied or config.labels else set()
+    spare |= names.heads(family, reader.files) if isinstance(config, VisionConfig) else set()
     if unknown := sorted(n for n in set(reader.files) - wanted - spare - left_out if not names.unused(family, n)):
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
-    model = build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh)
+    how = {"remat": remat, "lora_dropout": lora_dropout, "mesh": mesh, "follows": full_precision}
+    model = build(config, dtype=dtype, **how)
     return model, {"params": tree.nest(params)} | ({"packed": tree.nest(packed)} if packed else {})
 
 
@@ -172,7 +177,8 @@ def abstract(
     quant.check(full_precision, packs)
 
     drawn = _drawn(folder, config)
-    full = lambda path: path in drawn or tree.matches(full_precision, f"params/{path}")
+    named = lambda path: tree.matches(full_precision, f"params/{path}") or tree.matches(STATISTICS, path)
+    full = lambda path: path in drawn or named(path)
     kind = lambda path: jnp.float32 if full(path) else dtype
     plain = {p: jax.ShapeDtypeStruct(x.shape, kind(p)) for p, x in described.items() if p not in packs}
     packed = {}
@@ -182,7 +188,8 @@ def abstract(
     variables = {"params": sharding.abstract(tree.nest(plain), family.rules, mesh)}
     if packed:
         variables["packed"] = sharding.abstract(tree.nest(packed), quant.rules(family.rules), mesh)
-    return build(config, dtype=dtype, remat=remat, lora_dropout=lora_dropout, mesh=mesh), variables
+    how = {"remat": remat, "lora_dropout": lora_dropout, "mesh": mesh, "follows": full_precision}
+    return build(config, dtype=dtype, **how), variables
 
 
 @jax.jit
@@ -191,13 +198,19 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def _drawn(folder: Path, config: ModelConfig) -> set[str]:
-    """What the checkpoint does not have of the model: the score, where a language model becomes a reward model."""
-    return {names.SCORE.path} if config.labels > read_config(folder)[1].labels else set()
+    """What the checkpoint does not have of the model: the output layer, where it has another number of labels."""
+    if config.labels in (0, read_config(folder)[1].labels):
+        return set()
+    return {path for path in tree.flat(shapes(config)) if tree.matches(HEADS, path)}
 
 
-def _draw(folder: Path, shape: tuple[int, ...], key: Key | None, place: NamedSharding) -> jax.Array:
+def _draw(folder: Path, path: str, shape: tuple[int, ...], key: Key | None, place: NamedSharding) -> jax.Array:
+    if path.endswith("/bias"):
+        return jax.jit(lambda: jnp.zeros(shape), out_shardings=place)()
     if key is None:
-        raise ValueError(f"{folder} has no score of a text, so labels=1 draws one; give a key, as jax.random.key(0)")
+        raise ValueError(
+            f"{folder} has no output layer for labels={shape[-1]}, so one is drawn; give a key, as jax.random.key(0)"
+        )
     deviation = read_json(folder / "config.json").get("initializer_range") or 0.02
     return jax.jit(lambda key: deviation * jax.random.normal(key, shape), out_shardings=place)(key)
 
@@ -244,12 +257,16 @@ def init(
     *,
     dtype=jnp.float32,
     remat: str = "none",
+    labels: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, Tree]:
-    """Makes a fresh model of the shape that `path`/config.json describes, for training from scratch."""
-    family, config = read_config(resolve(path))
+    """Makes a fresh model of the shape that `path`/config.json describes, for training from scratch.
+
+    `labels` are those of `load_variables`.
+    """
+    family, config = read_config(resolve(path), labels)
     config = with_rows(config, vocabulary)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    model = build(config, dtype=dtype, remat=remat, mesh=mesh)
+    model = build(config, dtype=dtype, remat=remat, mesh=mesh, follows="params/.*")
     placed = sharding.shardings(shapes(config), family.rules, mesh)
     return model, jax.jit(model.init, out_shardings=placed)(key)

@@ -85,7 +85,7 @@ def test_the_score_is_float32_of_the_configs_deviation_whatever_the_rest_is(tiny
 
 
 def test_without_a_key_there_is_nothing_to_draw_from(tiny):
-    with pytest.raises(ValueError, match="has no score of a text, so labels=1 draws one; give a key"):
+    with pytest.raises(ValueError, match="has no output layer for labels=1, so one is drawn; give a key"):
         hub.load_variables(str(tiny("llama", num_hidden_layers=1)), labels=1)
 
 

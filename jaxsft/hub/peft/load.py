@@ -31,7 +31,7 @@ from jaxsft.hub.peft.names import (
     WRAPPED,
 )
 from jaxsft.lora import Adapter
-from jaxsft.models import DecoderConfig, Family, ModelConfig, with_labels
+from jaxsft.models import DecoderConfig, Family, ModelConfig, VisionConfig, with_labels
 from jaxsft.tree import Tree
 
 
@@ -58,7 +58,8 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelCon
     Returns:
       lora, for `variables["lora"]`; spec; params, weights that replace the base's (modules_to_save). The leaves are
       numpy arrays. Where PEFT parted a tied output layer from its embedding, params has a `head/table`; of a reward
-      model's adapter (task_type SEQ_CLS) it has the `score/kernel`, though the base may be a language model.
+      model's adapter (task_type SEQ_CLS) it has the `score/kernel`, though the base may be a language model; of images
+      the `classifier`, though the base may have none, or one of other classes.
 
     Raises:
       CheckpointError: an unsupported setting, a tensor of an unknown name, or one that fits no kernel of the base.
@@ -87,7 +88,10 @@ def load_adapter(path: str, params: Mapping, *, family: Family, config: ModelCon
         config = _scoring(folder, family, config)
         if "score" not in params:
             params = {**params, "score": {"kernel": jax.ShapeDtypeStruct((config.hidden, config.labels), FULL)}}
-    base, reader = Base(params, folder, family), Reader(folder, FILE)
+    reader = Reader(folder, FILE)
+    if isinstance(config, VisionConfig):
+        config, params = _classifying(reader, family, config, params)
+    base = Base(params, folder, family)
     named = _names(reader)
     modules = {module for module, _ in named.values()}
     # An adapter of the output layer is none of the embedding, tied or not.
@@ -107,6 +111,17 @@ def _scoring(folder: Path, family: Family, config: ModelConfig) -> ModelConfig:
         return with_labels(family, config, 1)
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} has task_type {SCORES}, a reward model: {error}") from error
+
+
+def _classifying(reader: Reader, family: Family, config: ModelConfig, params: Mapping) -> tuple[ModelConfig, Mapping]:
+    """The base with a classifier of as many classes as the folder's has, where it has one."""
+    name = PREFIX + names.name_of(family, Address("classifier/kernel", None))[0]
+    if name not in reader.files:
+        return config, params
+    labels = reader.shape(name)[0]
+    config = with_labels(family, config, labels)
+    shapes = {"kernel": (config.hidden, labels), "bias": (labels,)}
+    return config, {**params, "classifier": {k: jax.ShapeDtypeStruct(s, FULL) for k, s in shapes.items()}}
 
 
 def _names(reader: Reader) -> dict[str, tuple[str, str]]:

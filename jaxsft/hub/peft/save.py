@@ -16,7 +16,7 @@ from jaxsft.hub.peft.config import to_config
 from jaxsft.hub.peft.names import CONFIG, EMBED, EMBEDDING, FILE, FULL, HEAD, LINEAR, PREFIX, SCORES
 from jaxsft.hub.source import read_config
 from jaxsft.lora import LoRA
-from jaxsft.models import EncoderConfig, Family, ModelConfig
+from jaxsft.models import EncoderConfig, Family, ModelConfig, VisionConfig
 
 
 def export_adapter(
@@ -58,11 +58,12 @@ def export_adapter(
     """
     arrays: dict[str, np.ndarray] = {}
     sizes, turned, kinds = {}, True, set()
-    bare = family.prefix if isinstance(config, EncoderConfig) and not config.mlm else ""
+    bare = family.prefix if _headless(config, trained or {}) else ""
     for address, parts in sorted(names.adapted(family, adapter).items(), key=str):
         leaves = lora.folded({part: fetch(*leaf, transposed=False, dtype=FULL) for part, leaf in parts.items()})
         name, transposed = names.name_of(family, address)
-        module, kinds = name.removesuffix(".weight").removeprefix(bare), kinds | {"m" in leaves}
+        named = names.module(family, name.removesuffix(".weight"))
+        module, kinds = named.removeprefix(bare), kinds | {"m" in leaves}
         if leaves["a"].ndim > 2:
             raise CheckpointError(
                 f"{name!r} holds all experts in one tensor, and PEFT has no file for an adapter of each; merge it, or "
@@ -73,15 +74,16 @@ def export_adapter(
         if alive.any():
             sizes[module] = int(alive.sum()), float(leaves["scale"])
             leaves |= {"a": leaves["a"][:, alive].T, "b": leaves["b"][alive].T}
-            named = EMBEDDING if address == EMBED else LINEAR
-            arrays |= {f"{PREFIX}{module}.{named[part]}": leaves[part] for part in named if part in leaves}
+            tags = EMBEDDING if address == EMBED else LINEAR
+            arrays |= {f"{PREFIX}{module}.{tags[part]}": leaves[part] for part in tags if part in leaves}
             turned &= transposed or address in (EMBED, HEAD)
     if not sizes:
         raise CheckpointError("the adapter holds zeros alone, which PEFT has no file for; train it first")
     if len(kinds) > 1:
         raise CheckpointError("some layers of the adapter are DoRA and some are not, which PEFT cannot hold; merge it")
     tensors = [Tensor(name, x.shape, FULL, lambda x=x: x) for name, x in arrays.items()]
-    scores = "score" in (trained or {}) or (config is not None and config.labels > 0)
+    pictures = isinstance(config, VisionConfig)
+    scores = "score" in (trained or {}) or (config is not None and config.labels > 0 and not pictures)
     if scores and not family.classifier:
         raise CheckpointError("transformers has no reward model of this family, so PEFT could not load its adapter")
     whole = _with_score(trained or {}, base) if scores else trained or {}
@@ -92,6 +94,13 @@ def export_adapter(
         keys |= {"use_dora": True in kinds, "fan_in_fan_out": not turned}
         write_json(folder / CONFIG, to_config(sizes, spec, base=base, task=SCORES if scores else family.task, **keys))
     return files
+
+
+def _headless(config: ModelConfig | None, trained: Mapping) -> bool:
+    """Whether transformers' model has no output layer, and its modules no prefix."""
+    if isinstance(config, VisionConfig):
+        return not config.labels and "classifier" not in trained
+    return isinstance(config, EncoderConfig) and not config.mlm
 
 
 def _with_score(trained: Mapping, base: str) -> Mapping:
@@ -121,7 +130,7 @@ def _saved(trained: Mapping, adapted: Mapping, family: Family, base: str, bare: 
     found = {}
     for address, leaf in new.items():
         name, transposed = names.name_of(family, address)
-        found[name.removeprefix(bare), transposed] = leaf
+        found[names.module(family, name).removeprefix(bare), transposed] = leaf
     whole = {name.removesuffix(".weight") for name, _ in found if name.endswith(".weight")}
     if twice := sorted(whole & set(adapted)):
         raise CheckpointError(f"{twice[0]}.weight trained beside its own adapter, which PEFT cannot hold; merge it")
@@ -138,9 +147,10 @@ def _saved(trained: Mapping, adapted: Mapping, family: Family, base: str, bare: 
     kernels = {address.path.removesuffix("kernel") for address in new if address.path.endswith("kernel")}
     if any(name.path == f"{kernel}bias" for name in family.names for kernel in kernels):
         reader, have = Reader(resolve(base)), {name for name, _ in found}
-        for name in sorted({f"{module}.bias" for module in whole} & set(reader.files) - have):
-            make = lambda name=name: reader.read(name).astype(FULL)
-            tensors.append(Tensor(PREFIX + name, reader.shape(name), FULL, make))
+        files = {names.module(family, name): name for name in reader.files}
+        for name in sorted({f"{module}.bias" for module in whole} & set(files) - have):
+            make = lambda name=files[name]: reader.read(name).astype(FULL)
+            tensors.append(Tensor(PREFIX + name, reader.shape(files[name]), FULL, make))
     keys = {
         "modules_to_save": sorted(whole - {names.name_of(family, HEAD)[0].removesuffix(".weight")} if tied else whole),
         "ensure_weight_tying": tied,
