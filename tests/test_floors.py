@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
     {"tree", "types", "config", "run", "report", "quant"},
-    {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "rewards"},
+    {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "probe", "rewards"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
     {"train", "results", "actor", "voice", "rag"},
     {"session", "sections", "preflight", "reinforce", "talk"},
