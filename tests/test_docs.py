@@ -96,6 +96,14 @@ def test_the_page_of_models_is_the_registry_with_errors_that_were_measured():
         assert configurations >= 3, family
 
 
+def test_the_page_of_models_has_the_families_of_images_with_errors_that_were_measured():
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    errors = model_table.measured(page, model_table.IMAGES)
+    assert set(errors) == set(models.VISION)
+    assert model_table.IMAGES + model_table.image_table(errors) + model_table.END in page
+    assert all(0 < error < 1e-4 for error, _ in errors.values())
+
+
 def test_the_family_that_the_page_shows_is_the_one_there_is():
     page = (DOCS / "add_a_model.md").read_text(encoding="utf-8")
     shown = re.search(r"```python\n(.*?)```", page, re.DOTALL)
