@@ -18,7 +18,7 @@ from jaxsft.run import RunError
 
 MARKDOWN = (".md", ".markdown")
 # The splitter's time grows with the square of a stretch that nothing parts (base64, Chinese without punctuation).
-LONG = 5000
+LONG = 2000
 RUN = re.compile(rf"[^\s.,;:!?。，；：！？]{{1,{LONG}}}")
 
 

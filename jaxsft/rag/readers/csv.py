@@ -20,9 +20,10 @@ def read(path: Path, source: str, max_bytes: int) -> Iterator[Document]:
         start = stream.readline()
         stream.seek(0)
         lines = csv.reader(stream, delimiter=max(PARTS, key=start.count), strict=True)
+        rows = (row for row in lines if any(map(str.strip, row)))
         try:
-            header = [name.strip() for name in next(lines, [])]
-            for number, values in enumerate(filter(any, lines), 1):
+            header = [name.strip() for name in next(rows, [])]
+            for number, values in enumerate(rows, 1):
                 if len(values) != len(header):
                     found = f"line {lines.line_num} has {len(values)} values, the header {len(header)}"
                     raise ReadError(path, found, "quote values that hold what parts them")
