@@ -1,4 +1,4 @@
-"""Retrieval: index a folder of documents, search it, and ask a model about it.
+"""Retrieval: index a folder of documents, search it, ask a model about it, and teach one to answer from it.
 
     python scripts/rag.py index --docs handbook --store runs/store
     python scripts/rag.py index --docs handbook --store runs/store --watch true
@@ -6,17 +6,21 @@
     python scripts/rag.py search --store runs/store --query lamp --mode text --where 'source=lamps/*' --k 10
     python scripts/rag.py search --store runs/store --query lamp --where '["kind=pdf", "lang!=en"]' --diversity 0.3
     python scripts/rag.py ask --store runs/store --model Qwen/Qwen3-0.6B --question "Who looks after the lamp?"
+    python scripts/rag.py rows --store runs/store --questions questions.jsonl --out runs/rows.jsonl
 
 `index` brings the store up to date: what is new or changed is read and embedded, what is gone is taken out. It may be
 killed at any time and started again. A file that cannot be read is told at the end, and makes the exit status 1.
 
 `ask` shows a model the passages that a search finds, as many as it has room for, and prints its answer as it comes, and
 then what the numbers in it stand for. Where nothing is near enough to the question, it says so and asks no model.
+
+`rows` writes prompts as `ask` writes them, with the answers, for scripts/sft.py.
 """
 
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +30,7 @@ import jax.numpy as jnp
 from jaxsft import config, hub, report, run, sections, talk, voice
 from jaxsft.rag import embed, store, watch
 from jaxsft.rag import index as indexing
+from jaxsft.rag import rows as rowing
 from jaxsft.rag import search as searching
 
 SIZE, OVERLAP = 256, 32  # tokens of a passage where nothing else is said
@@ -99,7 +104,31 @@ class Ask:
     sample: sections.Sample = sections.Sample()
 
 
-COMMANDS = {"index": Index, "search": Search, "ask": Ask}
+@dataclass(frozen=True)
+class Rows:
+    """Write rows that teach a model to answer from passages."""
+
+    store: str = "runs/store"
+    """the store of the documents that the questions are about"""
+    questions: str = ""
+    """rows {"question", "answer", "source"}; the source is the file that has the answer"""
+    out: str = ""
+    """the file of rows to write, .jsonl"""
+    passages: int = 3
+    """shown at most; each row has from one to so many: the right one, and others that are found on the question"""
+    unknown: float = 0.2
+    """share of the rows without the right passage, whose answer is that the passages do not tell"""
+    alone: bool = False
+    """write questions and answers without any passages, to be learned by heart; no store is needed"""
+    embedder: str = ""
+    """the encoder that the store was made with, where it lies elsewhere now"""
+    mode: Literal["hybrid", "dense", "text"] = "hybrid"
+    """search by words and meaning, by meaning alone, or by words alone"""
+    seed: int = 0
+    """of the draws"""
+
+
+COMMANDS = {"index": Index, "search": Search, "ask": Ask, "rows": Rows}
 
 
 def encoder(path: str, made_with: str) -> Any:
@@ -216,10 +245,32 @@ def ask(cfg: Ask) -> None:
     talk.reply(cfg.question, find, speaker, cfg.retrieval, key, passages=cfg.passages)
 
 
-RUN = {Index: index, Search: search, Ask: ask}
+def rows(cfg: Rows) -> None:
+    if not cfg.questions or not cfg.out:
+        raise run.RunError("give --questions the rows with questions, and --out the file to write")
+    if cfg.passages < 1 or not 0 <= cfg.unknown <= 1:
+        given = f"passages is {cfg.passages} and unknown {cfg.unknown}"
+        raise run.RunError(f"{given}; give at least 1 passage, and a share from 0 to 1")
+    questions = rowing.read(cfg.questions)
+    if cfg.alone:
+        found = list(rowing.alone(questions))
+    else:
+        searcher = searching.load(cfg.store, embedder=cfg.embedder, mode=cfg.mode)
+        mined = rowing.mine(questions, partial(searcher.find_all, mode=cfg.mode))
+        found = list(rowing.build(mined, passages=cfg.passages, unknown=cfg.unknown, seed=cfg.seed))
+    if not found:
+        raise run.RunError(f"of none of the {len(questions):,} questions the source is in {cfg.store}")
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(rowing.lines(found), encoding="utf-8")
+    missing = f"{len(questions) - len(found):,} questions, whose source is not in the store"
+    report.summary("rows", {"written": f"{len(found):,} to {out}", "left out": missing})
 
 
-def main(cfg: Index | Search | Ask) -> None:
+RUN = {Index: index, Search: search, Ask: ask, Rows: rows}
+
+
+def main(cfg: Index | Search | Ask | Rows) -> None:
     RUN[type(cfg)](cfg)
 
 
