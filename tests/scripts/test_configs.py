@@ -20,6 +20,7 @@ OWN = {
 }
 OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward", "ppo": "digits_ppo", "grpo": "digits_grpo"}
 OWN |= {"embed": "embed"}
+OWN |= {"compare": "compare"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
