@@ -20,18 +20,23 @@ OWN = {
 }
 OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward", "ppo": "digits_ppo", "grpo": "digits_grpo"}
 OWN |= {"embed": "embed"}
-OWN |= {"compare": "compare"}
+OWN |= {"compare": "compare", "rag": "harbour_index"}
+KINDS = [(script, command) for script in OWN for command in getattr(load_script(script), "COMMANDS", {"": None})]
+
+
+def kind_of(script: str, command: str | None) -> type:
+    module = load_script(script)
+    return module.COMMANDS[command] if command else module.Config
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_a_run_file_names_its_command_and_parses(file):
     text = file.read_text(encoding="utf-8")
-    head = re.search(rf"^#   python scripts/(\w+)\.py --config configs/{file.name}", text, re.MULTILINE)
+    head = re.search(rf"^#   python scripts/(\w+)\.py (?:(\w+) )?--config configs/{file.name}", text, re.MULTILINE)
     assert head, f"{file.name} does not name its command"
     assert re.search(r"^# .*2 CPU cores", text, re.MULTILINE), f"{file.name} does not say the hardware and the time"
-    script = load_script(head[1])
-    found = config.parse(script.Config, ["--config", str(file)])
-    assert found != script.Config()
+    kind = kind_of(head[1], head[2])
+    assert config.parse(kind, ["--config", str(file)]) != kind()
 
 
 @pytest.mark.parametrize("script", sorted(Path(ROOT / "scripts").glob("*.py")), ids=lambda f: f.stem)
@@ -43,9 +48,9 @@ def test_every_script_has_a_run_file_that_needs_nothing_else(script):
     assert "shared/" not in text
 
 
-@pytest.mark.parametrize("script", OWN)
-def test_help_explains_every_key(script, capsys):
-    kind = load_script(script).Config
+@pytest.mark.parametrize(("script", "command"), KINDS)
+def test_help_explains_every_key(script, command, capsys):
+    kind = kind_of(script, command)
     with pytest.raises(SystemExit):
         config.parse(kind, ["--help"])
     shown = capsys.readouterr().out
