@@ -29,10 +29,10 @@ def test_a_score_is_that_of_the_pair_alone_by_the_first_token(folder, words):
     head = jax.tree.map(np.asarray, variables["params"]["rank"])
     features = jax.jit(lambda tokens, segments, types: model.features(variables, tokens, None, segments, types=types))
     for text, score in zip(texts, scores, strict=True):
-        read = tokenizer(question, text, truncation=True, max_length=40)
+        read = tokenizer([question], [text], truncation=True, max_length=40)
         tokens, segments, types = (np.zeros((1, 40), np.int32) for _ in range(3))
-        n = len(read["input_ids"])
-        tokens[0, :n], segments[0, :n], types[0, :n] = read["input_ids"], 1, read["token_type_ids"]
+        n = len(read["input_ids"][0])
+        tokens[0, :n], segments[0, :n], types[0, :n] = read["input_ids"][0], 1, read["token_type_ids"][0]
         assert types.any()
         x = np.asarray(features(tokens, segments, types))[0, 0]
         x = np.tanh(x @ head["dense"]["kernel"] + head["dense"]["bias"])
