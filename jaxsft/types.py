@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from jaxsft.tree import Tree
 
@@ -89,6 +89,20 @@ class Rollouts(NamedTuple):
     value: Float[Array, "B T"]  # what the critic expected; 0 without one
     returns: Float[Array, "B T"]  # what came
     fresh: Bool[Array, "B 1"]  # has nothing been learned since `old`? The ratio of the two is then 1 exactly
+
+
+class Images(NamedTuple):
+    """Pictures with their classes.
+
+    Before augmentation pixels are 8-bit and `targets` None. Augmentation (`augment.apply`) makes them float32, as the
+    model reads them, and says what each is to be called: one class, or shares of two where pictures were mixed.
+    """
+
+    pixels: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
+    label: Int[Array, "B 1"]
+    row: Int[Array, "B 1"]  # its number in the data; -1 where a row only fills up a batch
+    turn: UInt32[Array, "B 1"]  # how many rows of the stream came before: what is random of a row hangs on it
+    targets: Float[Array, "B K"] | None = None
 
 
 class Contrasts(NamedTuple):

@@ -1,5 +1,6 @@
 """Data: rows from files and the hub, read in one of the `FORMATS`, tokenised, packed and streamed."""
 
+from jaxsft.data import images, pixels
 from jaxsft.data.buckets import LoadedPrompts, PromptRows, batches_by_length, load_prompts
 from jaxsft.data.chat import (
     Completion,
@@ -74,6 +75,7 @@ __all__ = [
     "comparisons",
     "detect",
     "expect_tokens",
+    "images",
     "in_memory",
     "kind_of",
     "load",
@@ -82,6 +84,7 @@ __all__ = [
     "masking",
     "pairs_in_memory",
     "parse",
+    "pixels",
     "prompt_ids",
     "questions",
     "read",

@@ -101,7 +101,7 @@ def digest(path: str) -> str:
                 own.update(piece)
         hasher.update(f"{kind(Path(file))}{'.gz' * file.lower().endswith('.gz')} {own.hexdigest()}\n".encode())
     if not found:
-        hasher.update(_load_hub(path)._fingerprint.encode())
+        hasher.update(load_hub(path)._fingerprint.encode())
     return hasher.hexdigest()
 
 
@@ -139,7 +139,7 @@ def _file(path: Path) -> Iterator[Row | Bad]:
         raise DataError(f"{path} is empty; it must hold at least one row")
 
 
-def _load_hub(path: str) -> Any:
+def load_hub(path: str) -> Any:
     import datasets
 
     hub = HUB.fullmatch(path)
@@ -152,5 +152,5 @@ def _load_hub(path: str) -> Any:
 
 
 def _hub(path: str) -> Iterator[Row | Bad]:
-    for number, fields in enumerate(_load_hub(path), 1):
+    for number, fields in enumerate(load_hub(path), 1):
         yield to_row(dict(fields), f"{path} row {number}", Path())

@@ -115,18 +115,25 @@ def batches(
       >>> [b.tokens.tokens[:, 0].tolist() for b in batches(rows, 2, seed=None, epochs=1, position=first.position)]
       [[2, 3], [4, 0]]
     """
+    given = {"seed": seed, "epochs": epochs, "process": process, "processes": processes}
+    data = ordered(rows, rows.empty(), batch_size, **given)
+    return iterate(data, rows.digest, position, _count)
+
+
+def ordered(
+    source: Sequence, empty: Any, batch_size: int, *, seed: int | None, epochs: int | None, process: int, processes: int
+) -> Any:
+    """The batches of a source as a grain data set; `empty` fills up the last one, the rest is as for `batches`."""
     share(batch_size, processes)
     import grain
 
-    data = grain.MapDataset.source(rows)
+    data = grain.MapDataset.source(source)
     if seed is not None:
         data = data.seed(seed).shuffle()
     data = data.repeat(FOREVER if epochs is None else epochs)  # reseeds the shuffle in each epoch
     if epochs is not None and (missing := -len(data) % batch_size):
-        empty = grain.MapDataset.source([rows.empty()] * missing)
-        data = grain.MapDataset.concatenate([data, empty])
-    data = data.batch(batch_size // processes)[process::processes]
-    return iterate(data, rows.digest, position, _count)
+        data = grain.MapDataset.concatenate([data, grain.MapDataset.source([empty] * missing)])
+    return data.batch(batch_size // processes)[process::processes]
 
 
 def _count(tokens: Any) -> int:

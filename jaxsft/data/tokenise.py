@@ -241,7 +241,7 @@ def tokenise(
                 longest = max(longest, result.longest)
                 advance(len(result.piece.hashes))
         if bad and on_bad_row == "error":
-            raise _refuse(bad)
+            raise refuse(bad)
         if not writer.rows:
             more = f"; the first: {bad[0]}" if bad else ""
             raise DataError(f"{job.source.path} has no row that can be used, and {count} that cannot{more}")
@@ -271,7 +271,13 @@ def key(job: Job, tokenizer: Any, on_bad_row: str) -> str:
     return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _refuse(bad: Sequence[Bad]) -> DataError:
+def refuse(bad: Sequence[Bad]) -> DataError:
+    """What is said of rows that cannot be used, at most `LISTED` of them.
+
+    Example:
+      >>> refuse([Bad("a.jsonl line 1", "it is empty")])
+      DataError('a.jsonl line 1: it is empty. Or leave it out with data.on_bad_row skip')
+    """
     if len(bad) == 1:
         return DataError(f"{bad[0]}. Or leave it out with data.on_bad_row skip")
     listed = "\n  ".join(map(str, bad))
