@@ -3,6 +3,7 @@
 from jaxsft.losses.advantage import discounted, gae, group, leave_one_out, reinforce, whiten
 from jaxsft.losses.aggregate import AGGREGATES, LOSS_TYPES, LossType, aggregate
 from jaxsft.losses.chunks import CHUNK, CHUNK_CPU
+from jaxsft.losses.classification import cross_entropy
 from jaxsft.losses.contrastive import contrastive
 from jaxsft.losses.divergence import DIVERGENCES
 from jaxsft.losses.episodes import episode_count, episode_mean, episode_sum, last
@@ -46,6 +47,7 @@ __all__ = [
     "clipped_value",
     "collision",
     "contrastive",
+    "cross_entropy",
     "discounted",
     "entropies",
     "episode_count",

@@ -5,6 +5,7 @@
 Sums, never means: whoever adds several batches divides once. A key switches dropout on; None is for evaluation.
 """
 
+from jaxsft.objectives.classification import Classification, classification
 from jaxsft.objectives.contrastive import contrastive
 from jaxsft.objectives.episodes import Assessed, Judged, critic, policy_of, seen_as
 from jaxsft.objectives.grpo import GRPO, METHODS
@@ -26,6 +27,7 @@ __all__ = [
     "METHODS",
     "PPO",
     "Assessed",
+    "Classification",
     "Config",
     "Each",
     "Judged",
@@ -33,6 +35,7 @@ __all__ = [
     "Pairwise",
     "Reward",
     "bradley_terry",
+    "classification",
     "contrastive",
     "critic",
     "expect",
