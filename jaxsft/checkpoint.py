@@ -21,6 +21,7 @@ from jaxsft.types import State
 # by its content, through the position, wherever the files lie now.
 FREE = ("run.", "export.", "mesh.", "train.save_every", "train.keep", "train.eval_every", "train.log_every")
 FREE += ("data.train", "data.eval", "data.info", "data.workers", "data.cache", "reward.workers", "reward.timeout")
+FREE += ("probe",)
 
 
 def open_folder(folder: Path, keep: int = 3) -> ocp.CheckpointManager:

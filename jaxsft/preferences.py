@@ -9,38 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxsft import report
+from jaxsft.report import share
 
 BINS = 10  # of a calibration
-
-
-class Share(NamedTuple):
-    """A share of n, and the interval that holds the true one with 95 % confidence."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} of {self.n:,} (95 %: {self.low:.1%} to {self.high:.1%})"
-
-
-def share(hits: Float[np.ndarray, "N"]) -> Share:
-    """The mean of zeros and ones, with Wilson's interval.
-
-    Example:
-      >>> str(share(np.array([1.0] * 60 + [0.0] * 40)))
-      '60.0% of 100 (95 %: 50.2% to 69.1%)'
-
-    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
-    """
-    n, z = len(hits), 1.959964
-    if not n:
-        return Share(float("nan"), 0.0, 1.0, 0)
-    p = float(np.mean(hits))
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return Share(p, max(0.0, float((middle - half) / scale)), min(1.0, float((middle + half) / scale)), n)
 
 
 class Calibration(NamedTuple):

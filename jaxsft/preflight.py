@@ -21,10 +21,10 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsft import hub, losses, optim, report, sample, sharding, train, tree, tuning
-from jaxsft.models import Model
+from jaxsft.models import Model, ModelConfig, VisionConfig
 from jaxsft.objectives import Objective, Pairwise, critic, policy
 from jaxsft.tree import Tree
-from jaxsft.types import Pairs, Rollouts, State, Tokens
+from jaxsft.types import Images, Pairs, Rollouts, State, Tokens
 
 # On a CPU alone: else the float32 copy of a bfloat16 kernel is made of all layers at once, before the loop over them.
 AS_ELSEWHERE = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"}
@@ -91,6 +91,23 @@ def over_rollouts(learning: Mapping[str, Any], *, answers: int, critic: str = ""
 
     objective = lambda model, chunk: (policy(model, **learning, chunk=chunk), None)
     return Work(objective, batch, reference, critic=critic, answers=min(answers, sample.SLOTS))
+
+
+def over_images(learning: Callable[..., Any], *, labels: int, size: tuple[int, int]) -> Work:
+    """Work over `Images`.
+
+    Args:
+      learning: model -> `objectives.Classification`.
+      labels: the number of classes.
+      size: height and width of the images.
+    """
+
+    def batch(rows: Callable[..., Any]) -> Images:
+        column = lambda dtype: rows(dtype, 1)
+        pixels = rows(jnp.uint8, *size, 3)
+        return Images(pixels, column(jnp.int32), column(jnp.int32), column(jnp.uint32))
+
+    return Work(lambda model, chunk: learning(model)[:2], batch, labels=labels)
 
 
 class Need(NamedTuple):
@@ -178,7 +195,8 @@ def measure(work: Work, sections: Sections) -> Need:
     new, vocabulary = {"tokens": s.model.new_tokens, "special": s.model.new_special_tokens}, None
     if any(new.values()):
         _, vocabulary = hub.load_vocabulary(s.model.path, **new, multiple=s.model.vocab_multiple)
-    also = tuning.always(labels=work.labels, new_tokens=vocabulary is not None)
+    images = isinstance(shape, VisionConfig)
+    also = tuning.always(labels=work.labels, new_tokens=vocabulary is not None, images=images)
     plan = tuning.plan(s.tuning, shape.layers, also=also)
     model, base = hub.abstract(
         s.model.path,
@@ -230,10 +248,15 @@ def measure(work: Work, sections: Sections) -> Need:
         tokens,
         max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shards,
-        4 * model.config.vocab_size * min(at_once, count * s.length) // shards,
+        4 * _width(model.config) * min(at_once, count * s.length) // shards,
         tuning.count(trainable, frozen),
         tree.count(trainable),
     )
+
+
+def _width(config: ModelConfig) -> int:
+    """Scores that the output layer makes of one token, or image."""
+    return config.labels if isinstance(config, VisionConfig) else config.vocab_size
 
 
 def changes(sections: Sections) -> dict[str, Sections]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxsft.run import METRICS, read_metrics
 
@@ -35,7 +37,8 @@ def plot_loss(metrics: Path, png: Path, unit: str = "nats per learned token") ->
     plt.close(figure)
 
 
-OTHERWISE = {"step", "loss", "learning_rate", "tokens_per_second", "trained_tokens"}  # told elsewhere, or of no shape
+OTHERWISE = {"step", "loss", "learning_rate", "tokens_per_second", "trained_tokens", "images_per_second"}
+OTHERWISE |= {"trained_images"}  # told elsewhere, or of no shape
 
 
 def plot_metrics(metrics: Path, png: Path) -> bool:
@@ -89,7 +92,38 @@ def running_mean(values: np.ndarray, memory: float = 0.9) -> np.ndarray:
     return np.array(out)
 
 
+class Share(NamedTuple):
+    """A share of n, and the interval that holds the true one with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} of {self.n:,} (95 %: {self.low:.1%} to {self.high:.1%})"
+
+
+def share(hits: Float[np.ndarray, "N"]) -> Share:
+    """The mean of zeros and ones, with Wilson's interval.
+
+    Example:
+      >>> str(share(np.array([1.0] * 60 + [0.0] * 40)))
+      '60.0% of 100 (95 %: 50.2% to 69.1%)'
+
+    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    n, z = len(hits), 1.959964
+    if not n:
+        return Share(float("nan"), 0.0, 1.0, 0)
+    p = float(np.mean(hits))
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Share(p, max(0.0, float((middle - half) / scale)), min(1.0, float((middle + half) / scale)), n)
+
+
 LONGEST = 120  # characters of a cell
+ROWS = 30  # of a table that could be long
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool | None = None) -> None:

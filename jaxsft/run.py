@@ -21,6 +21,12 @@ WRITTEN = (
     "loss.png",
     "metrics.png",
     "calibration.png",
+    "confusion.png",
+    "labels.json",
+    "classes.json",
+    "mistakes.html",
+    "predictions.jsonl",
+    "preprocessor_config.json",
     "samples.jsonl",
     "generated_predictions.jsonl",
     "generation.json",
@@ -115,10 +121,11 @@ class Log:
       folder: the run's folder.
       step: the step that training continues from; lines of later steps, written before a kill, are taken out.
       shows: the metric that the bar shows.
+      unit: what a step reads, in the plural.
     """
 
-    def __init__(self, folder: Path, step: int = 0, shows: str = "loss"):
-        self.file, self.step, self.shows, self._bar = folder / METRICS, step, shows, None
+    def __init__(self, folder: Path, step: int = 0, shows: str = "loss", unit: str = "tokens"):
+        self.file, self.step, self.shows, self.unit, self._bar = folder / METRICS, step, shows, unit, None
         self.writes = jax.process_index() == 0
         if self.writes:
             keep_until(self.file, step)
@@ -129,7 +136,7 @@ class Log:
         """Shows the bar while the block runs."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        figures = TextColumn(self.shows + " {task.fields[shown]} {task.fields[speed]} tokens/s left")
+        figures = TextColumn(self.shows + " {task.fields[shown]} {task.fields[speed]} " + f"{self.unit}/s left")
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn()]
         with Progress(*columns, disable=not self.writes) as bar:
             task = bar.add_task(label, total=steps, completed=self.step, shown="-", speed="-")
@@ -141,14 +148,14 @@ class Log:
                 self._bar = None
 
     def train(self, step: int, metrics: Mapping[str, float], tokens: int, *, write: bool = True) -> None:
-        """Takes one finished step; `tokens` are those it read, padding left out."""
+        """Takes one finished step; `tokens` are those it read, padding left out, or what else the unit is."""
         self.step = step
         self._window.append((time.perf_counter(), tokens))
         (since, _), *steps = self._window
         if steps:  # the first step after an evaluation only starts the clock
             self._speed = sum(n for _, n in steps) / max(self._window[-1][0] - since, 1e-9)
         if write:
-            self._write({"step": step, **metrics, "tokens_per_second": round(self._speed, 1)})
+            self._write({"step": step, **metrics, f"{self.unit}_per_second": round(self._speed, 1)})
         if self._bar:
             self._bar(completed=step, shown=f"{metrics[self.shows]:.4f}", speed=f"{self._speed:,.0f}")
 

@@ -1,6 +1,8 @@
 """The sections of a run's configuration, each defined in the file that it configures; a script composes them."""
 
+from jaxsft.augment import Config as Augment
 from jaxsft.data import Config as Data
+from jaxsft.data.images import Config as Images
 from jaxsft.hub import Config as Model
 from jaxsft.hub import ExportConfig as Export
 from jaxsft.objectives import GRPO, PPO, Reward
@@ -17,8 +19,10 @@ from jaxsft.tuning import Config as Tuning
 __all__ = [
     "GRPO",
     "PPO",
+    "Augment",
     "Data",
     "Export",
+    "Images",
     "Mesh",
     "Model",
     "Optim",

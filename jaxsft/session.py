@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxsft import checkpoint, data, hub, objectives, optim, report, run, score, sharding, tree, tuning
-from jaxsft.models import Model, build
+from jaxsft.models import Model, VisionConfig, build
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.train import Config, Prepare, fit, init, make_evaluation, make_step, place
@@ -28,7 +28,7 @@ from jaxsft.tree import Tree
 from jaxsft.tuning import Learner
 from jaxsft.types import State
 
-Rows = data.PackedRows | data.PackedPairs | data.ContrastRows
+Rows = data.PackedRows | data.PackedPairs | data.ContrastRows | data.images.ImageRows
 VERSION = 1  # of what is computed of a reference; another one is computed again
 AGREE = 0.5  # nats an answer, on average, by which two computations of a reference may differ: other devices, bfloat16
 
@@ -88,7 +88,8 @@ def load(
       how: what learns.
       mesh: where it lies.
       seed: draws the adapter.
-      labels: 1 for a reward model, whose score trains whatever else does; see `hub.load_variables`.
+      labels: 1 for a reward model, whose score trains whatever else does, the number of classes for a model of images,
+        likewise its classifier; see `hub.load_variables`.
       head: False for the hidden states alone.
       vocabulary: of new tokens, whose tables train whatever else does.
 
@@ -96,7 +97,8 @@ def load(
       CheckpointError, ValueError: see `hub.load_variables`, `tuning.plan`, `tuning.apply`.
     """
     family, shape = hub.read_config(hub.resolve(model.path), labels)
-    also = tuning.always(labels=labels, new_tokens=vocabulary is not None)
+    images = isinstance(shape, VisionConfig)
+    also = tuning.always(labels=labels, new_tokens=vocabulary is not None, images=images)
     plan = tuning.plan(how, shape.layers, also=also)
     key_score, key_lora = jax.random.split(jax.random.key(seed)) if labels else (None, jax.random.key(seed))
     loaded, base = hub.load_variables(
@@ -119,9 +121,16 @@ def load(
     return Learner(loaded, plan, trainable, frozen)
 
 
-def draw(model: hub.Config, mesh: Mesh, *, seed: int, vocabulary: hub.Vocabulary | None = None) -> Learner:
+def draw(
+    model: hub.Config,
+    mesh: Mesh,
+    *,
+    seed: int,
+    labels: int | None = None,
+    vocabulary: hub.Vocabulary | None = None,
+) -> Learner:
     """Makes a model of the shape that config.json describes, with random weights that all learn."""
-    kind = {"dtype": jnp.dtype(model.dtype), "remat": model.remat, "vocabulary": vocabulary}
+    kind = {"dtype": jnp.dtype(model.dtype), "remat": model.remat, "labels": labels, "vocabulary": vocabulary}
     made, params = hub.init(model.path, jax.random.key(seed), mesh, **kind)
     plan = tuning.plan(tuning.Config(method="full"), made.config.layers)
     report.summary("model", tuning.describe(plan, {"params": params}, {}))
@@ -308,6 +317,12 @@ def precompute(
     return rows
 
 
+def _expect_tokens(learner: Learner, *rows: Any) -> None:
+    """Refuses tokens that the model does not have."""
+    if (table := tree.flat(learner.variables).get("params/embed/table")) is not None:
+        data.expect_tokens([source for one in rows if one for source in one.sources], len(table))
+
+
 def learn(
     objective: Objective,
     learner: Learner,
@@ -326,8 +341,8 @@ def learn(
     Args:
       objective: (variables, batch, key) -> Sums.
       learner: what learns; its trainable arrays are donated.
-      rows: packed rows to learn.
-      held_out: packed rows to measure on, or None.
+      rows: packed rows, or images, to learn.
+      held_out: those to measure on, or None.
       prepare: see `train.make_step`.
       config, optimizer: how long, in what pieces, with what updates.
       mesh: where it runs.
@@ -343,8 +358,11 @@ def learn(
     """
     c = config
     check_batch(c, mesh)
-    if (table := tree.flat(learner.variables).get("params/embed/table")) is not None:
-        data.expect_tokens([*rows.sources, *(held_out.sources if held_out else ())], len(table))
+    if isinstance(rows, data.images.ImageRows):
+        batches, unit = data.images.batches, "images"
+    else:
+        batches, unit = data.batches, "tokens"
+        _expect_tokens(learner, rows, held_out)
     steps = c.max_steps or math.ceil(c.epochs * len(rows) / c.batch_size)
     whole = None if c.max_steps or c.epochs % 1 else int(c.epochs)  # whole epochs end with a padded batch
     tx, rate = optim.build(optimizer, steps)
@@ -352,7 +370,7 @@ def learn(
     state = init(learner.trainable, tx, jax.random.key(c.seed), mesh)
     step = make_step(objective, tx, prepare=prepare, microbatches=c.microbatches, shardings=sharding.of(state))
     measure = make_evaluation(objective)
-    share = functools.partial(data.batches, process=jax.process_index(), processes=jax.process_count())
+    share: Any = functools.partial(batches, process=jax.process_index(), processes=jax.process_count())
 
     def evaluate(state: State) -> Mapping[str, float]:
         held = share(held_out or rows, c.batch_size, seed=None, epochs=1)
@@ -363,7 +381,7 @@ def learn(
     try:
         if found := checkpoint.restore(manager, state, recorded):
             state, position = found
-        log = Log(folder, int(state.step))
+        log = Log(folder, int(state.step), unit=unit)
         if held_out is not None and position is None:
             log.evaluation(0, evaluate(state))
         state = fit(

@@ -239,7 +239,8 @@ def fit(
                     " since the last good checkpoint. Lower optim.learning_rate, look at the data"
                 )
             first = {"loss": values.pop("loss"), "learning_rate": float(rate(number - 1))}
-            values["trained_tokens"] = int(values["trained_tokens"])
+            learned = values.pop("trained_tokens")  # of images the weight of their classes, which is no whole number
+            values[f"trained_{log.unit}"] = int(learned) if log.unit == "tokens" else round(learned, 3)
             log.train(number, first | values, tokens, write=number % log_every == 0 or number == steps)
 
     with log.progress(steps):

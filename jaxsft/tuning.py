@@ -56,14 +56,14 @@ class Learner(NamedTuple):
         return tree.combine(self.trainable, self.frozen)
 
 
-def always(*, labels: int | None = None, new_tokens: bool = False) -> list[str]:
-    """What trains whatever the method is, for `plan(also=...)`: a reward model's score, and tables with new rows.
+def always(*, labels: int | None = None, new_tokens: bool = False, images: bool = False) -> list[str]:
+    """What trains whatever the method is, for `plan(also=...)`: a new head, and tables with new rows.
 
     Example:
-      >>> always(labels=1)
-      ['score/.*']
+      >>> always(labels=1), always(labels=10, images=True)
+      (['score/.*'], ['classifier/.*'])
     """
-    return ["score/.*"] * bool(labels) + [TABLES] * new_tokens
+    return ["classifier/.*" if images else "score/.*"] * bool(labels) + [TABLES] * new_tokens
 
 
 def plan(config: Config, depth: int, also: Sequence[str] = ()) -> Plan:

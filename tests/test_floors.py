@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
     {"tree", "types", "config", "run", "report", "quant"},
-    {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "probe", "rewards"},
+    {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "probe", "rewards"}
+    | {"augment", "classes", "mistakes"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
     {"train", "results", "actor", "voice", "rag"},
-    {"session", "sections", "preflight", "reinforce", "talk"},
+    {"session", "sections", "preflight", "reinforce", "talk", "classify"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
 GROUND = {"report": {"run"}, "types": {"tree"}, "quant": {"tree"}, "run": set(), "config": set()}
