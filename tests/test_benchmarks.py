@@ -1,4 +1,4 @@
-"""What the benchmarks share: a checkpoint of random weights."""
+"""What the benchmarks share, a checkpoint of random weights; and that of images, small."""
 
 from pathlib import Path
 
@@ -22,6 +22,17 @@ def test_a_checkpoint_of_random_weights_loads(kind, tmp_path, monkeypatch):
     _, variables = hub.load_variables(str(tmp_path))
     expected = hub.shapes(hub.read_config(tmp_path)[1])
     assert jax.tree.map(lambda x: x.shape, variables["params"]) == jax.tree.map(lambda x: x.shape, expected)
+
+
+def test_the_benchmark_of_images_trains_on_what_it_draws(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import classify
+
+    classify.draw(tmp_path, 10, size=(50, 25))
+    shape = {**classify.SHAPE, **classify.SMALL}
+    times = classify.ours("both", str(tmp_path), shape, batch=4, steps=2, workers=0)
+    assert len(times) == 2
+    assert min(times) > 0
 
 
 def test_ways_to_find_the_nearest_vectors_find_them(monkeypatch):
