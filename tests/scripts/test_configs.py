@@ -19,7 +19,7 @@ OWN = {
     "tokenizer": "tokenizer",
 }
 OWN |= {"inspect_data": "inspect_data", "dpo": "dpo", "reward": "reward", "ppo": "digits_ppo", "grpo": "digits_grpo"}
-OWN |= {"embed": "embed"}
+OWN |= {"embed": "embed", "classify": "classify", "predict": "predict"}
 OWN |= {"compare": "compare", "rag": "harbour_index"}
 KINDS = [(script, command) for script in OWN for command in getattr(load_script(script), "COMMANDS", {"": None})]
 
