@@ -16,7 +16,7 @@ cut (`model.split`).
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,6 @@ from jaxsft.models.model import REMAT, Cache, Model, by_rows, span, write
 from jaxsft.models.moe import balance
 from jaxsft.tree import Tree
 from jaxsft.types import Key
-
-if TYPE_CHECKING:
-    from jaxsft.models.encoder import EncoderConfig
 
 
 def stacks(config: DecoderConfig) -> dict[str, bool]:
@@ -85,7 +82,7 @@ def _lengths(where: Where, cached: bool) -> Int[Array, "B T"]:
     return jax.vmap(longest)(where.positions, where.segments)
 
 
-def shares_prompts(config: "DecoderConfig | EncoderConfig") -> bool:
+def shares_prompts(config: object) -> bool:
     """Whether what a model computes of a prompt is the same whatever follows it, so that two answers can read it.
 
     It is not in an encoder, which sees both sides, nor where a document's length decides how its tokens turn.

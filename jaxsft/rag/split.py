@@ -19,6 +19,7 @@ from jaxsft.run import RunError
 MARKDOWN = (".md", ".markdown")
 # The splitter's time grows with the square of a stretch that nothing parts (base64, Chinese without punctuation).
 LONG = 2000
+PIECE = 500_000  # characters that the splitter is given at one time: it keeps some hundred bytes for each of them
 RUN = re.compile(rf"[^\s.,;:!?。，；：！？]{{1,{LONG}}}")
 
 
@@ -91,10 +92,19 @@ def _is_heading(text: str, heading: str) -> bool:
 
 
 def _parts(text: str, section: Section) -> Iterator[tuple[int, int]]:
-    """A section, or its parts before, in and behind stretches that are too long for the splitter."""
+    """A section, or its parts before, in and behind stretches that are too long for the splitter; none is very long."""
     runs = (found.span() for found in RUN.finditer(text, section.start, section.end))
     cuts = {place for start, end in runs if end - start == LONG for place in (start, end)}
-    return pairwise(sorted(cuts | {section.start, section.end}))
+    return pairwise(sorted(cuts | set(_paragraphs(text, section)) | {section.start, section.end}))
+
+
+def _paragraphs(text: str, section: Section) -> Iterator[int]:
+    """Where a long section is cut before all else: behind a paragraph, or else a line, once in so many characters."""
+    at = section.start
+    while section.end - at > PIECE:
+        ends = (text.rfind(mark, at + PIECE // 2, at + PIECE) + len(mark) for mark in ("\n\n", "\n", " "))
+        at = next((end for end in ends if end > at + PIECE // 2), at + PIECE)
+        yield at
 
 
 def _fitting(start: int, text: str, length: Callable[[str], int], size: int) -> Iterator[tuple[int, str]]:

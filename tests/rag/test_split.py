@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import jaxsft
 from jaxsft.rag import Document, Section
+from jaxsft.rag import split as splitting
 from jaxsft.rag.split import LONG, joined, split
 from jaxsft.run import RunError
 
@@ -122,3 +123,15 @@ def test_a_tokenizer_is_asked_about_few_characters_however_long_the_text():
     passages = split(Document("a.txt", "", text, (Section(0, len(text)),)), length, size=64, overlap=8)
     assert max(length(passage.text) for passage in passages) <= 64
     assert sum(asked) < 40 * len(text)  # without cutting the long word first: 150 times
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\n", " ", ""])
+def test_a_long_section_is_cut_into_pieces_at_what_parts_it_best(monkeypatch, end):
+    monkeypatch.setattr(splitting, "PIECE", 200)
+    text = "".join(f"{number:04d} lamps are red.{end}" for number in range(60))
+    found = split(Document("a.txt", "a", text, (Section(0, len(text)),)), lambda text: len(text.split()), size=50)
+    assert all(text[one.start : one.end] == one.text for one in found)
+    assert "".join("".join(one.text.split()) for one in found) == "".join(text.split())
+    assert max(one.end - one.start for one in found) <= 200
+    if end:
+        assert all(one.text.endswith("red.") or end == " " for one in found)
