@@ -63,7 +63,7 @@ def stored(family: Family, name: str, files: Collection[str]) -> str:
       'embeddings.LayerNorm.gamma'
     """
     forms = [name, name.removeprefix(family.prefix)]
-    forms += [form.replace(*pair) for pair in (*OLDER, *family.older) for form in forms]
+    forms += [form.replace(*pair) for pair in OLDER for form in forms]
     forms += [module(family, form) for form in forms if family.modules]
     return next((form for form in forms if form in files), name)
 

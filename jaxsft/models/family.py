@@ -70,7 +70,6 @@ class Family(NamedTuple):
     parent: str = ""  # the model_type of which this is the vision tower, where that class is of both towers
     # (pattern, replacement): what in names of files transformers' modules are called otherwise, and with them PEFT's.
     modules: tuple[tuple[str, str], ...] = ()
-    older: tuple[tuple[str, str], ...] = ()  # (part of a name, what some files have there)
     checkpoints: tuple[str, ...] = ()  # some on the hub whose config.json is one of the family's, for docs/models.md
 
 

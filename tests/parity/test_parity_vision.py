@@ -124,6 +124,7 @@ def test_classes_are_read(picture):
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
+TARGETS = {"convnext": ".*/(up|down)", "dinov2-gated": ".*/(q|v|down)"}  # the latter's gate_up is two modules there
 ADAPTED = ["vit", "deit", "dinov2", "registers", "clip", "siglip", "convnext"]
 
 
@@ -135,10 +136,10 @@ def fresh(pair, labels: int | None = None):
     return kind.from_pretrained(str(pair.folder), num_labels=labels, ignore_mismatched_sizes=True).eval()
 
 
-@pytest.mark.parametrize("picture", [*ADAPTED, "dinov2-base"], indirect=True)
+@pytest.mark.parametrize("picture", [*ADAPTED, "dinov2-base", "dinov2-gated"], indirect=True)
 def test_our_adapter_with_its_classifier_gives_the_same_in_peft_and_merged(picture, tmp_path, difference):
     model, variables = hub.load_variables(str(picture.folder), labels=5, key=jax.random.key(1))
-    params, targets = variables["params"], ".*/(up|down)" if picture.name == "convnext" else "all"
+    params, targets = variables["params"], TARGETS.get(picture.name, "all")
     spec = LoRA(rank=3, alpha=6.0, targets=targets)
     low = lora.init(jax.random.key(2), params, spec)
     draw = np.random.default_rng(3)
@@ -158,6 +159,15 @@ def test_our_adapter_with_its_classifier_gives_the_same_in_peft_and_merged(pictu
     for path, leaf in tree.flat(again.lora).items():
         np.testing.assert_allclose(leaf, tree.flat(low)[path], rtol=1e-6, err_msg=path)
     assert tree.flat(again.params).keys() == {"classifier/kernel", "classifier/bias"}
+
+
+@pytest.mark.parametrize("picture", ["dinov2-gated"], indirect=True)
+def test_an_adapter_of_a_kernel_that_is_two_modules_in_transformers_is_refused(picture, tmp_path):
+    spec = LoRA(rank=2, targets=".*/gate_up")
+    low = lora.init(jax.random.key(2), picture.params, spec)
+    given = {"family": picture.family, "base": str(picture.folder), "config": picture.model.config}
+    with pytest.raises(hub.CheckpointError, match=r"weights_in\.weight' is two modules in transformers, .* merge it"):
+        hub.export_adapter(str(tmp_path), low, spec, **given)
 
 
 @pytest.mark.parametrize("picture", ADAPTED[:-1], indirect=True)

@@ -43,8 +43,8 @@ def export_adapter(
         and a reward model whose score did not train: PEFT wants it all the same, and it is taken from the base.
 
     Raises:
-      CheckpointError: an adapter of zeros alone, or of experts that lie in one tensor; a weight that trained beside its
-        own adapter, or as the embedding of an encoder.
+      CheckpointError: an adapter of zeros alone, of experts that lie in one tensor, or of a kernel that is two modules;
+        a weight that trained beside its own adapter, or as the embedding of an encoder.
 
     Example:
       >>> import tempfile, jaxsft
@@ -68,6 +68,11 @@ def export_adapter(
             raise CheckpointError(
                 f"{name!r} holds all experts in one tensor, and PEFT has no file for an adapter of each; merge it, or "
                 "leave experts out of tuning.lora.targets"
+            )
+        if address.path == "blocks/swiglu/gate_up/kernel":
+            raise CheckpointError(
+                f"{name!r} is two modules in transformers, and PEFT has no file for one adapter of both; merge it, or "
+                "leave gate_up out of tuning.lora.targets"
             )
         alive = leaves["a"].any(axis=0) | leaves["b"].any(axis=1)
         alive[:1] |= "m" in leaves  # what a DoRA without A and B still says

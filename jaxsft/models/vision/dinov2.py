@@ -9,7 +9,7 @@ from typing import Any
 from jaxsft.models import family
 from jaxsft.models.family import Family, Name, Reader, read_classes, read_square
 from jaxsft.models.vision.tower import TowerConfig
-from jaxsft.models.vision.vit import ATTENTION, RULES, read_tower
+from jaxsft.models.vision.vit import ATTENTION, RULES, SWIGLU, read_tower
 
 # Of use as another network's backbone, and of training.
 NEUTRAL = (
@@ -63,8 +63,9 @@ def names(base: str) -> tuple[Name, ...]:
         Name("blocks/attn_gain/scale", f"{layer}.layer_scale1.lambda1"),
         *family.norm("blocks/mlp_norm", f"{layer}.norm2"),
         *family.dense("blocks/mlp/up", f"{layer}.mlp.fc1"),
-        *family.dense("blocks/mlp/gate_up", f"{layer}.mlp.weights_in"),
         *family.dense("blocks/mlp/down", f"{layer}.mlp.fc2"),
+        *family.dense("blocks/swiglu/gate_up", f"{layer}.mlp.weights_in"),
+        *family.dense("blocks/swiglu/down", f"{layer}.mlp.weights_out"),
         Name("blocks/mlp_gain/scale", f"{layer}.layer_scale2.lambda1"),
         *family.norm("norm", f"{base}.layernorm"),
         *family.dense("classifier", "classifier"),
@@ -78,8 +79,7 @@ FAMILY = Family(
     prefix="dinov2.",
     copies=(),
     unused=(r"(dinov2\.)?embeddings\.mask_token",),
-    modules=ATTENTION,
-    older=((".mlp.fc2.", ".mlp.weights_out."),),
+    modules=(*ATTENTION, SWIGLU),
     task=None,
     classifier="Dinov2ForImageClassification",
     checkpoints=("facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov2-small-imagenet1k-1-layer"),

@@ -9,7 +9,7 @@ from typing import Any
 from jaxsft.models.family import Family, Name, Reader
 from jaxsft.models.vision.dinov2 import names, read_dino
 from jaxsft.models.vision.tower import TowerConfig
-from jaxsft.models.vision.vit import ATTENTION, RULES
+from jaxsft.models.vision.vit import ATTENTION, RULES, SWIGLU
 
 
 def read_config(config: Mapping[str, Any]) -> TowerConfig:
@@ -29,8 +29,7 @@ FAMILY = Family(
     prefix="dinov2_with_registers.",
     copies=(),
     unused=(r"(dinov2_with_registers\.)?embeddings\.mask_token",),
-    modules=ATTENTION,
-    older=((".mlp.fc2.", ".mlp.weights_out."),),
+    modules=(*ATTENTION, SWIGLU),
     task=None,
     classifier="Dinov2WithRegistersForImageClassification",
     checkpoints=("facebook/dinov2-with-registers-small", "facebook/dinov2-with-registers-base"),

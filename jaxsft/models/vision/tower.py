@@ -120,7 +120,7 @@ class Block(nn.Module):
         norm = lambda name: LayerNorm(c.norm_eps, name=name)
         x = x + gain("attn_gain", Attention(c, self.lora_dropout, name="attn")(norm("attn_norm")(x)))
         if c.gated:
-            mlp = GatedMLP(c.mlp_hidden, "silu", True, self.lora_dropout, INIT, fused=True, name="mlp")
+            mlp = GatedMLP(c.mlp_hidden, "silu", True, self.lora_dropout, INIT, fused=True, name="swiglu")
         else:
             mlp = MLP(c.mlp_hidden, c.activation, True, self.lora_dropout, INIT, name="mlp")
         return x + gain("mlp_gain", mlp(norm("mlp_norm")(x)))

@@ -78,6 +78,7 @@ ATTENTION = (
     (r"\.attention\.attention\.value\b", ".attention.v_proj"),
     (r"\.attention\.output\.dense\b", ".attention.o_proj"),
 )
+SWIGLU = (r"\.mlp\.weights_out\b", ".mlp.down_proj")
 MODULES = (
     (r"\bencoder\.layer\.", "layers."),
     *ATTENTION,
@@ -90,10 +91,10 @@ RULES: Rules = (
     ("embed/patch/filters", P("fsdp", None, None, None)),
     ("embed/(patch/bias|norm/(scale|bias))", P(None)),
     ("embed/(cls|distillation|registers|positions)", P(None, None, "fsdp")),
-    ("blocks/[^/]+/(attn/[qkv]|mlp/(up|gate_up))/kernel", P(None, "fsdp", "tensor")),
-    ("blocks/[^/]+/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
-    ("blocks/[^/]+/(attn/[qkv]|mlp/(up|gate_up))/bias", P(None, "tensor")),
-    ("blocks/[^/]+/(attn/o|mlp/down)/bias", P(None, None)),
+    ("blocks/[^/]+/(attn/[qkv]|mlp/up|swiglu/gate_up)/kernel", P(None, "fsdp", "tensor")),
+    ("blocks/[^/]+/(attn/o|(mlp|swiglu)/down)/kernel", P(None, "tensor", "fsdp")),
+    ("blocks/[^/]+/(attn/[qkv]|mlp/up|swiglu/gate_up)/bias", P(None, "tensor")),
+    ("blocks/[^/]+/(attn/o|(mlp|swiglu)/down)/bias", P(None, None)),
     ("blocks/[^/]+/(attn|mlp)_(norm|gain)/(scale|bias)", P(None, None)),
     ("norm/(scale|bias)", P(None)),
     ("classifier/kernel", P("fsdp", "tensor")),
