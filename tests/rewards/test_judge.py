@@ -203,8 +203,10 @@ def test_what_cannot_be_is_refused(functions, how, words):
 
 
 SCRIPT = """
+import signal
 import sys
 from jaxsft import rewards
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 judge = rewards.load({sys.argv[1] + ":wild": 1.0}, timeout=60)
 print(int(judge(["p"], ["pid"], [{}]).total[0]), flush=True)
 judge(["p"], ["loop"], [{}])
