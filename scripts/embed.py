@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxsft import config, hub, objectives, report, results, run, sections, session
-from jaxsft.rag import embed, examples, recipe, teach
+from jaxsft.rag import embed, examples, recipe, store, teach
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def main(cfg: Config) -> None:
     train, held = examples.read(cfg.data.train), examples.read(cfg.data.eval)
     if not held and cfg.data.val_fraction:
         train, held = examples.hold_out(train, cfg.data.val_fraction, cfg.train.seed)
-    corpus = examples.passages([*train, *held], examples.texts(cfg.data.corpus))
+    indexed = store.texts(store.open(cfg.data.store)) if cfg.data.store else []
+    corpus = examples.passages([*train, *held], [*examples.texts(cfg.data.corpus), *indexed])
     asked = teach.ranks(now(learner), held, corpus) if held else None
     if cfg.embed.mine:
         train = teach.mine(now(learner), train, corpus, cfg.embed.mine, below=cfg.embed.mine_below)

@@ -31,6 +31,8 @@ class Config:
     corpus: str | list[str] = field(default_factory=list)
     """rows {"text"} of further passages, among which the right one is to be found and hard negatives are mined; the
     passages of train and eval are among them anyway"""
+    store: str = ""
+    """a store of scripts/rag.py index, whose passages are among them, too"""
 
 
 class Example(NamedTuple):

@@ -240,6 +240,12 @@ def documents(store: Store, file: str) -> dict[str, str]:
     return dict(zip(rows["source"].to_pylist(), rows["digest"].to_pylist(), strict=True))
 
 
+def texts(store: Store) -> list[str]:
+    """All passages, as what a retriever is to choose among."""
+    with reading(store.uri):
+        return store.passages.search().select(["text"]).limit(None).to_arrow()["text"].to_pylist()
+
+
 def tidy(store: Store, vectors: int) -> None:
     """Merges what many small changes left, brings the indexes up to date, and deletes old versions.
 

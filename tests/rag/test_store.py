@@ -134,3 +134,7 @@ def test_a_store_need_not_be_a_folder(tmp_path):
         made = store.create("memory://x", about())
         index.update(made, write(tmp_path, TEXTS), Hashing())
     assert Searcher(made, Hashing()).find("lamp", k=1)[0].passage.text == "The lamp is red."
+
+
+def test_all_passages_of_a_store_can_be_had(tmp_path):
+    assert sorted(store.texts(build(tmp_path, TEXTS))) == sorted(TEXTS.values())
