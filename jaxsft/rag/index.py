@@ -6,7 +6,7 @@ Whoever is killed only starts again: a document's passages are put in place in o
 counts as done when all its documents are in. Passages of many documents are embedded together. What cannot be read is
 told at the end, and what was indexed of it before stays.
 
-Left out: times of files are not trusted, so each update reads the bytes of all files, about a gigabyte a second.
+Left out: times of files are not trusted, so each update reads the bytes of all files.
 """
 
 import hashlib
