@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxsft import hub, losses, optim, report, sample, sharding, train, tree, tuning
+from jaxsft import axes, hub, losses, optim, report, sample, sharding, train, tree, tuning
 from jaxsft.models import Model, ModelConfig, VisionConfig
 from jaxsft.objectives import Objective, Pairwise, critic, policy
 from jaxsft.tree import Tree
@@ -221,7 +221,7 @@ def measure(work: Work, sections: Sections) -> Need:
     tx, _ = optim.build(s.optim, 1)
     state = abstract_state(trainable, tx, mesh)
 
-    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * s.train.microbatches
+    pieces = axes.rows(mesh) * s.train.microbatches
     # Of answers there are as many rows as they fill, so rows without any are added until they can be shared out.
     count = -(-s.train.batch_size // pieces) * pieces if work.answers else s.train.batch_size
 
@@ -241,7 +241,7 @@ def measure(work: Work, sections: Sections) -> Need:
     extra = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     at_once = chunk or (losses.CHUNK_CPU if on_cpu else losses.CHUNK)
     # Scores are cut as the batch and the vocabulary are.
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
+    shards = mesh.size
     return Need(
         weights,
         moments,
@@ -307,7 +307,7 @@ def show(work: Work, sections: Sections, device_gb: float | None) -> None:
     report.summary(
         "what one device needs",
         {
-            "compiled for": f"{kind}, mesh " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items()),
+            "compiled for": f"{kind}, mesh {sharding.describe(mesh)}",
             "parameters": f"{need.parameters:,}, of which {need.trained:,} train",
             "weights": size(need.weights),
             "optimizer": size(need.optimizer),

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxsft import checkpoint, data, hub, objectives, optim, report, run, score, sharding, tree, tuning
+from jaxsft import axes, checkpoint, data, hub, objectives, optim, report, run, score, sharding, tree, tuning
 from jaxsft.models import Model, VisionConfig, build
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
@@ -53,10 +53,10 @@ def start(config: run.Config, mesh: sharding.Config, how: Config | None = None) 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Refuses a batch that the mesh and the microbatches cannot share out."""
-    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches):
+    if config.batch_size % (axes.rows(mesh) * config.microbatches):
         raise RunError(
-            f"train.batch_size is {config.batch_size}; it must divide by microbatches x data x fsdp = "
-            f"{config.microbatches} x {mesh.shape['data']} x {mesh.shape['fsdp']}"
+            f"train.batch_size is {config.batch_size}; it must divide by microbatches x data x fsdp x expert = "
+            + " x ".join(str(n) for n in (config.microbatches, *(mesh.shape[axis] for axis in axes.ROWS)))
         )
 
 

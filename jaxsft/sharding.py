@@ -1,6 +1,7 @@
-"""Placement over a `data x fsdp x tensor` mesh: who holds which slice of which array.
+"""Placement over a mesh: who holds which slice of which array.
 
-Batches are cut over data and fsdp together; parameters over fsdp and tensor, as the rules of the model's family say.
+Batches are cut over data, fsdp and expert together; parameters over fsdp and tensor, experts over expert, as the rules
+of the model's family say.
 The program itself is written for one device: the compiler (GSPMD, Xu et al. 2021, arXiv:2105.04663) adds the exchanges.
 """
 
@@ -14,16 +15,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsft import tree
+from jaxsft import axes, tree
 from jaxsft.tree import Tree
 
-AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the devices form a mesh; at most one of the three is -1, which takes the rest."""
+    """How the devices form a mesh; at most one length is -1, which takes the rest."""
 
     data: int = -1
     """copies of the model, each with its own rows of the batch"""
@@ -31,13 +31,24 @@ class Config:
     """devices that share one copy, each holding a slice of every weight and its own rows"""
     tensor: int = 1
     """devices that share one copy and the same rows, each computing some heads and hidden units"""
+    context: int = 1
+    """devices that share every row, each computing a piece of it: for rows that do not fit one device"""
+    expert: int = 1
+    """devices that share out the experts of a mixture, and the rows"""
 
 
-def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
     """Arranges the devices.
 
     Args:
-      data, fsdp, tensor: lengths of the axes; at most one is -1, the rest of the devices.
+      data, fsdp, tensor, context, expert: lengths of the axes; at most one is -1, the rest of the devices.
       devices: all devices of all processes by default.
 
     Raises:
@@ -45,12 +56,12 @@ def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] 
 
     Example:
       >>> dict(mesh(devices=jax.devices()[:1]).shape)
-      {'data': 1, 'fsdp': 1, 'tensor': 1}
+      {'data': 1, 'fsdp': 1, 'expert': 1, 'context': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
-    lengths = [data, fsdp, tensor]
+    lengths = [data, fsdp, expert, context, tensor]
     known = int(np.prod([n for n in lengths if n != -1]))
-    said = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, lengths, strict=True))
+    said = _said(lengths)
     if lengths.count(-1) > 1 or any(n < 1 and n != -1 for n in lengths) or len(devices) % known:
         raise ValueError(
             f"mesh {said} does not fit {len(devices)} devices; the product must divide it, one axis may be -1"
@@ -61,8 +72,24 @@ def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] 
             f"mesh {said} uses {np.prod(lengths)} of {len(devices)} devices; set one axis to -1 for the rest"
         )
     if len(devices) == len(jax.devices()):
-        return jax.make_mesh(tuple(lengths), AXES, axis_types=(AxisType.Auto,) * 3)
-    return Mesh(np.array(devices).reshape(lengths), AXES, axis_types=(AxisType.Auto,) * 3)
+        return jax.make_mesh(tuple(lengths), axes.ALL, axis_types=(AxisType.Auto,) * len(axes.ALL))
+    return Mesh(np.array(devices).reshape(lengths), axes.ALL, axis_types=(AxisType.Auto,) * len(axes.ALL))
+
+
+def _said(lengths: Sequence[int]) -> str:
+    """The three axes that everybody knows, and the others where they are cut."""
+    usual = (axes.DATA, axes.FSDP, axes.TENSOR)
+    return " x ".join(f"{axis} {n}" for axis, n in zip(axes.ALL, lengths, strict=True) if n != 1 or axis in usual)
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh in words.
+
+    Example:
+      >>> describe(mesh(devices=jax.devices()[:1]))
+      'data 1 x fsdp 1 x tensor 1'
+    """
+    return _said(list(mesh.shape.values()))
 
 
 def spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: jax.sharding.Mesh) -> PartitionSpec:
@@ -110,8 +137,8 @@ def abstract(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch [B, T]: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    """The sharding of a batch [B, T]: rows over data, fsdp and expert."""
+    return NamedSharding(mesh, PartitionSpec(axes.ROWS, None))
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -10,6 +10,7 @@ asked. `generated_predictions.jsonl` gets a row {"prompt", "predict", "label"} f
 was stopped goes on with --run.resume true.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,7 +75,7 @@ def main(cfg: Config) -> None:
     if cfg.samples < 1 or cfg.slots < 1 or cfg.queue < 1:
         raise run.RunError(f"samples, slots and queue are {cfg.samples}, {cfg.slots} and {cfg.queue}; 1 is the least")
     folder = run.start(cfg.run)
-    mesh = sharding.mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    mesh = sharding.mesh(**dataclasses.asdict(cfg.mesh))
 
     # ---- who answers what ----------------------------------------------------------------------------------------
     dtype = jnp.dtype(cfg.dtype)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
-    {"tree", "types", "config", "run", "report", "quant"},
+    {"axes", "tree", "types", "config", "run", "report", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "probe", "rewards"}
     | {"augment", "classes", "mistakes"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},

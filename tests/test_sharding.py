@@ -37,7 +37,7 @@ def test_minus_one_takes_the_devices_that_are_left(lengths, expected):
 
 def test_a_mesh_may_be_of_some_devices():
     mesh = sharding.mesh(1, 2, -1, devices=jax.devices()[2:6])
-    assert mesh.devices.shape == (1, 2, 2)
+    assert mesh.devices.shape == (1, 2, 1, 1, 2)
     assert list(mesh.devices.flat) == jax.devices()[2:6]
 
 
@@ -77,7 +77,7 @@ def test_each_device_holds_its_slice_of_an_array(cube):
     table = np.arange(8 * 6).reshape(8, 6)
     placed = jax.device_put(table, sharding.shardings({"embed": {"table": table}}, RULES, cube)["embed"]["table"])
     for d, f, t in np.ndindex(2, 2, 2):
-        (shard,) = [s for s in placed.addressable_shards if s.device == cube.devices[d, f, t]]
+        (shard,) = [s for s in placed.addressable_shards if s.device == cube.devices[d, f, 0, 0, t]]
         np.testing.assert_array_equal(shard.data, table[4 * t : 4 * t + 4, 3 * f : 3 * f + 3])
 
 

@@ -4,7 +4,6 @@ A key under `blocks` names the layers it stacks. `split` cuts a stack in two ("0
 can differ in what trains: the backward pass ends at the first part that trains anything.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxsft import axes
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -127,7 +127,6 @@ def split(params: Tree, at: int) -> Tree:
 
 def by_rows(x: Float[Array, "B ..."], mesh: Mesh | None) -> Float[Array, "B ..."]:
     """Says that activations are cut as the batch is; the cut of the embedding's features would spread otherwise."""
-    axes = ("data", "fsdp")
-    if mesh is None or mesh.size == 1 or len(x) % math.prod(mesh.shape[axis] for axis in axes):
+    if mesh is None or mesh.size == 1 or len(x) % axes.rows(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *[None] * (x.ndim - 1))))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes.ROWS, *[None] * (x.ndim - 1))))

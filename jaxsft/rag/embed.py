@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxsft import hub, sharding
+from jaxsft import axes, hub, sharding
 from jaxsft.models import Model
 from jaxsft.rag import recipe as recipes
 from jaxsft.rag import static
@@ -137,7 +137,7 @@ def build(
     """
     most = longest(recipe, tokenizer, model)
     write = tokens_of(tokenizer, most, lower=recipe.lower)
-    rows = 1 if mesh is None else int(mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = axes.rows(mesh)
     put = (lambda x: x) if mesh is None else (lambda x: jax.device_put(x, sharding.rows(mesh)))
 
     def run(batch: Int[np.ndarray, "B T"], sizes: Int[np.ndarray, "B"], skip: int) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxsft import hub, sharding
+from jaxsft import axes, hub, sharding
 from jaxsft.hub.files import read_json
 from jaxsft.models import Model, relevance
 from jaxsft.rag.embed import BATCH_TOKENS, batches, tokenizer_of
@@ -88,7 +88,7 @@ def build(
     """Makes a cross-encoder of a model in memory; types: is it told which text a token is of? Others: `embed.build`."""
     most = int(min(tokenizer.model_max_length, model.config.max_position))
     own = tokenizer_of(tokenizer, most)
-    rows = 1 if mesh is None else int(mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = axes.rows(mesh)
     put = (lambda x: x) if mesh is None else (lambda x: jax.device_put(x, sharding.rows(mesh)))
 
     def score(question: str, texts: Sequence[str]) -> Float[np.ndarray, "N"]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsft import sharding
+from jaxsft import axes, sharding
 from jaxsft.models import Model
 from jaxsft.sample import loop
 from jaxsft.sample.draw import GREEDY, Draw
@@ -78,7 +78,7 @@ def generate(
       ((2, 4), [4, 4])
     """
     count, mesh = len(prompts) * samples, sharding.mesh_of(variables)
-    apart = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    apart = axes.rows(mesh)
     width = check(model, variables, prompts, max_new_tokens)
     numbers = np.arange(count) if seeds is None else np.asarray(seeds)
     if numbers.shape != (count,):

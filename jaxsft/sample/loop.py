@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsft import axes
 from jaxsft.models import Cache, Model, logits
 from jaxsft.sample.draw import Draw, first, pick
 from jaxsft.sample.queue import Queue
 from jaxsft.types import Key
 
 LENGTH, STOP_TOKEN, STOP_STRING = 0, 1, 2  # why an answer ended
-ROWS = ("data", "fsdp")  # the axes that share out slots
 
 
 class Job(NamedTuple):
@@ -128,13 +128,13 @@ def _vocabulary(model: Model, variables: Mapping) -> int:
 
 
 def _lay(x: Any, mesh: Mesh | None) -> Any:
-    """Says how scores [rows, V] and caches lie: rows over `ROWS`, heads over "tensor"."""
+    """Says how scores [rows, V] and caches lie: rows over `axes.ROWS`, heads over `axes.TENSOR`."""
 
     def one(x: Array) -> Array:
         if mesh is None:
             return x
-        heads = "tensor" if x.ndim > 2 and x.shape[2] % mesh.shape["tensor"] == 0 else None
-        spec = PartitionSpec(None, ROWS, heads) if x.ndim > 2 else PartitionSpec(ROWS)
+        heads = axes.TENSOR if x.ndim > 2 and x.shape[2] % mesh.shape[axes.TENSOR] == 0 else None
+        spec = PartitionSpec(None, axes.ROWS, heads) if x.ndim > 2 else PartitionSpec(axes.ROWS)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(one, x)
