@@ -107,7 +107,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers():
 
 def test_config_json_is_all_it_reads_and_working_memory_follows_what_saves_it(tmp_path):
     (tmp_path / "config.json").write_text((Path(jaxsft.BASE) / "config.json").read_text())
-    given = sections(tmp_path, length=512, batch_size=8)
+    given = sections(tmp_path, length=512, batch_size=8)._replace(model=hub.Config(str(tmp_path), remat="none"))
     working = lambda given: preflight.measure(preflight.over_tokens(objectives.supervised), given).working
     plain = working(given)
     assert working(given._replace(train=train.Config(batch_size=8, microbatches=4))) < 0.6 * plain

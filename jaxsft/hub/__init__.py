@@ -22,8 +22,9 @@ class Config:
     """a folder with config.json and safetensors (or an old flax_model.msgpack), or a hub name such as org/name"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the computation and of frozen weights; what trains is float32, and so are softmax and loss"""
-    remat: Literal["none", "dots", "block"] = "none"
-    """what the backward pass computes again to save memory: nothing, all but matrix products, or whole layers"""
+    remat: Literal["none", "dots", "block", "offload"] = "dots"
+    """what the backward pass computes again to save memory: nothing; all but matrix products and attention, which costs
+    no time; whole layers, from their inputs; or these from inputs that wait in the host's memory"""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """keep the kernels of the layers packed in memory: int8, or QLoRA's nf4 with 4.13 bits a weight. They cannot train
     then; LoRA does, beside them, and is merged into the base as its files have it"""

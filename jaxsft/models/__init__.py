@@ -112,7 +112,7 @@ def build(
     config: ModelConfig,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
     follows: Pattern = (),

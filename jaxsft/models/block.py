@@ -19,6 +19,7 @@ from jaxsft.models.attention import Where, attend, recall
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm
 from jaxsft.models.model import Cache
 from jaxsft.models.moe import Mixture, MoE
+from jaxsft.models.remat import dear
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Attention(nn.Module):
             if turn.slots is not None:
                 keys = jnp.moveaxis(rotary.rotate(jnp.moveaxis(keys, -1, 1), *turn.slots), 1, -1)
             out = recall(q, turned, v, (keys, cache.v), where, window, **how)
-        out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
+        out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(dear(out.reshape(B, T, -1)))
         return out, (k if turns_late(c) else turned, v) if keep else None
 
 

@@ -28,8 +28,9 @@ from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import NO_WINDOW, Where
 from jaxsft.models.block import Block, DecoderConfig, Turn, norm_of, ropes_of, turns_late
-from jaxsft.models.model import REMAT, Cache, Model, by_rows, span, write
+from jaxsft.models.model import Cache, Model, by_rows, span, write
 from jaxsft.models.moe import balance
+from jaxsft.models.remat import rematerialise
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -124,7 +125,7 @@ def build(
     config: DecoderConfig,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -133,8 +134,8 @@ def build(
     Args:
       config: its architecture.
       dtype: of the computation, float32 or bfloat16; softmax, norms and losses are float32 whatever it is.
-      remat: what the backward pass computes again: "none": nothing, "dots": all but the results of matrix products,
-        "block": all but the inputs of the layers.
+      remat: what the backward pass computes again: "none": nothing, "dots": all but the results of matrix products and
+        attention, "block": all but the inputs of the layers, "offload": likewise, and these wait in the host's memory.
       lora_dropout: rate of the dropout before A, used where `features` gets a dropout key.
       mesh: where it will run, so that activations are cut as the batch is, and experts and tokens meet.
 
@@ -149,8 +150,7 @@ def build(
       >>> model.features({"params": params}, tokens).shape
       (1, 6, 8)
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
+    again = rematerialise(remat)
     blocks = {mixed: Block(config, lora_dropout, mixed, mesh) for mixed in (False, True)}
     final_norm = norm_of(config)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
@@ -197,8 +197,7 @@ def build(
             old = None if cache is None else Cache(cache.k[own], cache.v[own])
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
             step = functools.partial(layer, blocks[config.moe is not None and layers.start not in config.moe.dense])
-            step = step if remat == "none" else jax.checkpoint(step, policy=REMAT[remat])
-            x, (new, routing) = jax.lax.scan(step, x, (weights, windows[own], kind_of[own], old, keys))
+            x, (new, routing) = jax.lax.scan(again(step), x, (weights, windows[own], kind_of[own], old, keys))
             heads.append(new)
             routings += [] if routing is None else [routing]
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxsft.models.attention import Where, attend
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm
-from jaxsft.models.model import REMAT, Model, by_rows, span
+from jaxsft.models.model import Model, by_rows, span
+from jaxsft.models.remat import dear, rematerialise
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -76,7 +77,7 @@ class Attention(nn.Module):
         (B, T, D), N = x.shape, self.config.heads
         heads = lambda name: Dense(D, True, self.lora_dropout, INIT, name=name)(x).reshape(B, T, N, D // N)
         out = attend(heads("q"), heads("k"), heads("v"), where, where, ordered=True, causal=False)
-        return Dense(D, True, self.lora_dropout, INIT, name="o")(out.reshape(B, T, D))
+        return Dense(D, True, self.lora_dropout, INIT, name="o")(dear(out.reshape(B, T, D)))
 
 
 class Block(nn.Module):
@@ -156,7 +157,7 @@ def build(
     config: EncoderConfig,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -179,8 +180,7 @@ def build(
       >>> model.features(variables, jnp.arange(6)[None]).shape, model.output(variables).shape
       ((1, 6, 9), (32, 9))
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
+    again = rematerialise(remat)
     block, head, norm = Block(config, lora_dropout), Head(config, lora_dropout), LayerNorm(config.norm_eps)
 
     def embed(
@@ -212,8 +212,6 @@ def build(
             weights, key = inputs
             return cast(Array, block.apply(weights, x, where, rngs=dropouts(key))), None
 
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[remat])
         if {"embed", "head"} & set(lora):
             raise ValueError("embed and head of an encoder take no adapter; leave them out of tuning.lora.targets")
         x = by_rows(embed(params["embed"], tokens, positions, types), mesh)
@@ -222,7 +220,7 @@ def build(
             layers = span(name)
             weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
-            x, _ = jax.lax.scan(layer, x, (weights, keys))
+            x, _ = jax.lax.scan(again(layer), x, (weights, keys))
         if not config.mlm:
             return x
         key = None if dropout is None else jax.random.fold_in(dropout, config.layers)

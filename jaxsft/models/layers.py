@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsft.models import adapter
+from jaxsft.models.remat import dear
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
@@ -42,7 +43,7 @@ class Dense(nn.Module):
         y = adapter.project(x, kernel, self.variables.get("lora", {}), drop)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y.reshape(*rows, self.features)
+        return dear(y.reshape(*rows, self.features))
 
 
 class RMSNorm(nn.Module):

@@ -19,12 +19,6 @@ from jaxsft.types import Key
 if TYPE_CHECKING:
     from jaxsft.models.family import ModelConfig
 
-REMAT: dict[str, Callable | None] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 class Cache(NamedTuple):
     """Keys and values of what was read so far; slot s of a row holds its token at position s.

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsft import quant
 from jaxsft.models import adapter
 from jaxsft.models.layers import ACTIVATIONS, Dense, GatedMLP
+from jaxsft.models.remat import dear
 from jaxsft.types import Key
 
 ROWS, EXPERTS = ("data", "fsdp"), "tensor"  # the mesh axes that share out tokens and experts
@@ -111,7 +112,7 @@ def _product(
         scale = leaf("scale")[:, None, None]
         y = y + through(x if drop is None else drop(x), "a", "b")
         y = y - through(x, "a0", "b0") if "a0" in bank else y
-    return jnp.where(ours, y, 0)
+    return dear(jnp.where(ours, y, 0))
 
 
 def _count(banks: Any) -> int:

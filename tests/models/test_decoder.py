@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxsft import lora, tree
 from jaxsft.data import Example, pairs_in_memory
 from jaxsft.lora import LoRA
-from jaxsft.models import DecoderConfig, build, logits, shares_prompts, span, split
+from jaxsft.models import DecoderConfig, build, logits, remat, shares_prompts, span, split
 from jaxsft.models.layers import Dense
 from jaxsft.models.rope import Rope
 from jaxsft.types import reads
@@ -221,17 +221,17 @@ def test_stacks_run_in_the_order_of_their_layers_whatever_the_order_of_keys(para
 
 def test_remat_policies_give_equal_gradients():
     found, plain = {}, drawn(build(PLAIN))
-    for policy in ("none", "dots", "block"):
+    for policy in remat.POLICIES:
         model = build(PLAIN, remat=policy)
         loss = lambda p, model=model: jnp.sum(model.features({"params": p}, *row(A, B, C)) ** 2)
         found[policy] = jax.jit(jax.grad(loss))(plain)
-    for policy in ("dots", "block"):
+    for policy in found:
         for (path, ours), base in zip(tree.flat(found[policy]).items(), jax.tree.leaves(found["none"]), strict=True):
             np.testing.assert_allclose(ours, base, rtol=1e-4, atol=1e-3, err_msg=f"{policy} {path}")
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match="remat policy 'all' is not known; known are none, dots, block"):
+    with pytest.raises(ValueError, match="remat policy 'all' is not known; known are none, dots, block, offload"):
         build(CONFIG, remat="all")
 
 

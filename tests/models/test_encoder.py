@@ -122,14 +122,14 @@ def test_a_split_stack_gives_the_same_features(params, features):
 def test_remat_policies_give_equal_gradients(params):
     found, small = {}, dataclasses.replace(CONFIG, layers=1, mlm=False)
     params = split(params, 1) | {"blocks": {"0-0": split(params, 1)["blocks"]["0-0"]}}
-    for policy in ("none", "dots", "block"):
+    for policy in ("none", "dots", "offload"):
         model = build(small, remat=policy)
         loss = lambda p, model=model: jnp.sum(model.features({"params": p}, *row(A, B, C)) ** 2)
         found[policy] = jax.jit(jax.grad(loss))(params)
-    for policy in ("dots", "block"):
+    for policy in ("dots", "offload"):
         for ours, base in zip(*(jax.tree.leaves(found[name]) for name in (policy, "none")), strict=True):
             np.testing.assert_allclose(ours, base, rtol=1e-4, atol=1e-3)
-    with pytest.raises(ValueError, match="remat policy 'all' is not known; known are none, dots, block"):
+    with pytest.raises(ValueError, match="remat policy 'all' is not known; known are none, dots, block, offload"):
         build(CONFIG, remat="all")
 
 

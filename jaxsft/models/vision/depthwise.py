@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxsft.models.layers import ACTIVATIONS, Dense, LayerNorm
-from jaxsft.models.model import REMAT, Model, by_rows, span
+from jaxsft.models.model import Model, by_rows, span
+from jaxsft.models.remat import rematerialise
 from jaxsft.models.vision import classifier
 from jaxsft.models.vision.classifier import Pooling
 from jaxsft.models.vision.layers import Conv, Gain, ResponseNorm
@@ -120,7 +121,7 @@ def build(
     config: ConvNextConfig,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -136,16 +137,12 @@ def build(
       >>> jax.eval_shape(model.features, {"params": params}, images).shape
       (5, 1, 17)
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
     block, norm = Block(config, lora_dropout), LayerNorm(config.norm_eps)
 
+    @rematerialise(remat)
     def layer(x, inputs):
         weights, key = inputs
         return cast(Array, block.apply(weights, x, rngs=None if key is None else {"dropout": key})), None
-
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT[remat])
 
     def features(variables, pixels, positions=None, segments=None, dropout=None, reads=None):
         params = variables["params"]

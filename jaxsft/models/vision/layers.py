@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxsft.models.remat import dear
+
 
 class Conv(nn.Module):
     """A convolution over [B, H, W, C], with `filters` [out, in / groups, size, size] and maybe a bias.
@@ -38,7 +40,7 @@ class Conv(nn.Module):
         )
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y
+        return dear(y)
 
 
 class Gain(nn.Module):

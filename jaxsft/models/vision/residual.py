@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsft import tree
 from jaxsft.models.layers import ACTIVATIONS
-from jaxsft.models.model import REMAT, Model, by_rows, span
+from jaxsft.models.model import Model, by_rows, span
+from jaxsft.models.remat import rematerialise
 from jaxsft.models.vision import classifier
 from jaxsft.models.vision.classifier import Pooling
 from jaxsft.models.vision.layers import BatchNorm, Conv
@@ -152,7 +153,7 @@ def build(
     config: ResNetConfig,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
     follows: Pattern = (),
@@ -176,16 +177,14 @@ def build(
       >>> jax.eval_shape(model.features, {"params": params}, images).shape
       (5, 1, 17)
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
-    again = (lambda f: f) if remat == "none" else (lambda f: jax.checkpoint(f, policy=REMAT[remat]))
+    again = rematerialise(remat)
 
     def trains(at: str, params: Mapping) -> bool:
         moving = [path for path in tree.flat(params) if tree.matches(STATISTICS, path)]
         return all(tree.matches(follows, f"params/{at}/{path}") for path in moving)
 
     def run(module: Any, params: Mapping, x: Array, rows: Rows) -> tuple[Array, Array]:
-        return again(lambda params, x: module.apply({"params": params}, x, rows))(params, x)
+        return again(lambda x, params: module.apply({"params": params}, x, rows))(x, params)
 
     def learn(variables, pixels, positions=None, segments=None, dropout=None, reads=None):
         params, training = variables["params"], dropout is not None

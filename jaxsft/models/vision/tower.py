@@ -28,7 +28,8 @@ from jaxtyping import Array, Float
 
 from jaxsft.models.attention import Where, attend
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm
-from jaxsft.models.model import REMAT, Model, by_rows, span
+from jaxsft.models.model import Model, by_rows, span
+from jaxsft.models.remat import dear, rematerialise
 from jaxsft.models.vision import classifier
 from jaxsft.models.vision.classifier import Pooling
 from jaxsft.models.vision.layers import Conv, Gain
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         heads = lambda name: Dense(D, bias, self.lora_dropout, INIT, name=name)(x).reshape(B, T, N, D // N)
         everywhere = Where(jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), jnp.int32))
         out = attend(heads("q"), heads("k"), heads("v"), everywhere, everywhere, ordered=True, causal=False)
-        return Dense(D, True, self.lora_dropout, INIT, name="o")(out.reshape(B, T, D))
+        return Dense(D, True, self.lora_dropout, INIT, name="o")(dear(out.reshape(B, T, D)))
 
 
 class Block(nn.Module):
@@ -183,7 +184,7 @@ def build(
     config: TowerConfig,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -204,8 +205,7 @@ def build(
       >>> jax.eval_shape(model.features, {"params": params}, images).shape
       (5, 1, 9)
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat policy {remat!r} is not known; known are {', '.join(REMAT)}")
+    again = rematerialise(remat)
     block, norm = Block(config, lora_dropout), LayerNorm(config.norm_eps)
 
     def features(variables, pixels, positions=None, segments=None, dropout=None, reads=None):
@@ -217,8 +217,6 @@ def build(
             rngs = None if key is None else {"dropout": key}
             return cast(Array, block.apply(weights, x, rngs=rngs)), None
 
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[remat])
         x = by_rows(_embed(config, params["embed"], pixels.astype(dtype)), mesh)
         if config.embed_norm:
             x = cast(Array, norm.apply({"params": params["embed"]["norm"]}, x))
@@ -227,7 +225,7 @@ def build(
             layers = span(name)
             weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
-            x, _ = jax.lax.scan(layer, x, (weights, keys))
+            x, _ = jax.lax.scan(again(layer), x, (weights, keys))
         if config.norm:
             x = cast(Array, norm.apply({"params": params["norm"]}, x))
         return x if config.pooling == "none" else classifier.as_token(config, _pool(config, x))
