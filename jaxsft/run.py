@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from jaxsft import cache
+
 METRICS = "metrics.jsonl"
 WRITTEN = (
     METRICS,
@@ -100,7 +102,11 @@ def _delete_run(folder: Path) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Runs a script's main: an error that jaxsft raised ends it with its message alone, any other with a traceback."""
+    """Runs a script's main: an error that jaxsft raised ends it with its message alone, any other with a traceback.
+
+    What is compiled meanwhile is kept, see `cache.keep_programs`.
+    """
+    cache.keep_programs()
     try:
         main()
     except (RunError, ValueError) as error:

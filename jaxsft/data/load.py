@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from jaxsft import cache as kept
 from jaxsft.data import formats, pack, sources
 from jaxsft.data.chat import Image, Parsed
 from jaxsft.data.info import Source, adapt, resolve
@@ -266,7 +266,7 @@ def kind_of(config: Config) -> Kind:
 
 def cache(config: Config) -> Path:
     """The folder of what was computed of data once."""
-    return Path(config.cache or os.environ.get("JAXSFT_CACHE") or "~/.cache/jaxsft").expanduser()
+    return Path(config.cache).expanduser() if config.cache else kept.folder()
 
 
 def _open(source: Source, config: Config, tokenizer: Any, kind: str) -> tuple[Documents, bool, str]:
