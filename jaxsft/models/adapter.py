@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsft import quant
@@ -33,6 +34,7 @@ def project(
     kernel: Float[Array, "... I O"] | Mapping[str, Array],
     leaves: Leaves,
     drop: Drop | None = None,
+    inner: Float[Array, "... T R"] | None = None,
 ) -> Float[Array, "... T O"]:
     """x W and what the adapter adds to it; a bias is the caller's.
 
@@ -41,6 +43,7 @@ def project(
       kernel: W, frozen or not, or what `quant.pack` made of it.
       leaves: the adapter of this layer.
       drop: dropout on the adapter's input, while training. With m it is PEFT's: what m changes of x W is dropped too.
+      inner: x A, where it was computed already; see `inners`.
 
     Example:
       >>> x, kernel = jnp.ones((1, 2)), jnp.array([[2.5], [3.5]])
@@ -52,10 +55,10 @@ def project(
     if not leaves:
         return times(x)
     low = {name: leaf.astype(x.dtype) for name, leaf in leaves.items()}
-    through = lambda x, a, b: ((x @ a) * low["scale"][..., None, None]) @ b
-    own = lambda x: times(x) - through(x, low["a0"], low["b0"]) if "a0" in low else times(x)
+    out = lambda inner, b: (inner * low["scale"][..., None, None]) @ b
+    own = lambda x: times(x) - out(x @ low["a0"], low["b0"]) if "a0" in low else times(x)
     dropped = x if drop is None else drop(x)
-    y, change = own(x), through(dropped, low["a"], low["b"])
+    y, change = own(x), out(dropped @ low["a"] if inner is None else inner, low["b"])
     if "m" not in low:
         return y + change
     # In float32, and rounded once: bfloat16 cannot tell a factor of 1.003 from 1.
@@ -64,6 +67,25 @@ def project(
     if drop is None:
         return (factor * full(y + change)).astype(x.dtype)
     return (full(y) + (factor - 1) * full(own(dropped)) + factor * full(change)).astype(x.dtype)
+
+
+def inners(x: Float[Array, "N I"], lora: Mapping[str, Leaves]) -> dict[str, Float[Array, "N r"]]:
+    """x A of several layers that read the same x, in one product: one with few columns takes as long as with more.
+
+    Args:
+      x: what they read.
+      lora: their adapters, whose ranks may differ.
+
+    Example:
+      >>> low = {"q": {"a": jnp.ones((2, 1))}, "k": {"a": jnp.zeros((2, 3))}}
+      >>> {name: inner.tolist() for name, inner in inners(jnp.ones((1, 2)), low).items()}
+      {'q': [[2.0]], 'k': [[0.0, 0.0, 0.0]]}
+    """
+    if not lora:
+        return {}
+    columns = [leaves["a"].astype(x.dtype) for leaves in lora.values()]
+    ends = np.cumsum([a.shape[-1] for a in columns])
+    return dict(zip(lora, jnp.split(x @ jnp.concatenate(columns, axis=-1), ends[:-1], axis=-1), strict=True))
 
 
 def factors(kernel: Float[Array, "... I O"], leaves: Leaves) -> Float[Array, "... O"]:

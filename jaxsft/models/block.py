@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import Where, attend, recall
-from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm
+from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm, fan_out
 from jaxsft.models.model import Cache
 from jaxsft.models.moe import Mixture, MoE
 from jaxsft.models.remat import dear
@@ -101,13 +101,13 @@ class Attention(nn.Module):
     def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None, keep: bool):
         c = self.config
         B, T, _ = x.shape
-        dense = lambda name, n: Dense(n * c.head_dim, c.qkv_bias, self.lora_dropout, name=name)(x)
         counts = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
+        widths = {name: n * c.head_dim for name, n in counts.items()}
         if c.fused:
-            ends = np.cumsum(list(counts.values()))
-            parts = jnp.split(dense("qkv", ends[-1]), ends[:-1] * c.head_dim, axis=-1)
+            (whole,) = fan_out(self, x, {"qkv": sum(widths.values())}, c.qkv_bias)
+            parts = jnp.split(whole, np.cumsum(list(widths.values()))[:-1], axis=-1)
         else:
-            parts = [dense(name, n) for name, n in counts.items()]
+            parts = fan_out(self, x, widths, c.qkv_bias)
 
         def heads(name: str, y: Array) -> Array:
             normed = bool(c.qk_norm) and name != "v"

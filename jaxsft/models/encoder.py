@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxsft.models.attention import Where, attend
-from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm
+from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm, fan_out
 from jaxsft.models.model import Model, by_rows, span
 from jaxsft.models.remat import dear, rematerialise
 from jaxsft.tree import Tree
@@ -73,10 +73,10 @@ class Attention(nn.Module):
     lora_dropout: float
 
     @nn.compact
-    def __call__(self, x, where: Where):
+    def __call__(self, x: Float[Array, "B T D"], where: Where) -> Float[Array, "B T D"]:
         (B, T, D), N = x.shape, self.config.heads
-        heads = lambda name: Dense(D, True, self.lora_dropout, INIT, name=name)(x).reshape(B, T, N, D // N)
-        out = attend(heads("q"), heads("k"), heads("v"), where, where, ordered=True, causal=False)
+        q, k, v = (y.reshape(B, T, N, D // N) for y in fan_out(self, x, dict.fromkeys("qkv", D), True, init=INIT))
+        out = attend(q, k, v, where, where, ordered=True, causal=False)
         return Dense(D, True, self.lora_dropout, INIT, name="o")(dear(out.reshape(B, T, D)))
 
 

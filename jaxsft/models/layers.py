@@ -3,7 +3,8 @@
 A kernel is always two-dimensional, [in, out], so that LoRA, weight names and sharding rules stay uniform.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,15 +36,34 @@ class Dense(nn.Module):
     init: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    def __call__(self, x: Float[Array, "B T I"], inner: Float[Array, "N R"] | None = None) -> Float[Array, "B T O"]:
         *rows, width = x.shape
         x = x.reshape(-1, width)  # the gradients of A and B are plain matrix products then: on a CPU twice as fast
         kernel = self.variables.get("packed") or self.param("kernel", self.init, (width, self.features)).astype(x.dtype)
         drop = adapter.dropout(self.lora_dropout, self.make_rng("dropout") if self.has_rng("dropout") else None)
-        y = adapter.project(x, kernel, self.variables.get("lora", {}), drop)
+        y = adapter.project(x, kernel, self.variables.get("lora", {}), drop, inner)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return dear(y.reshape(*rows, self.features))
+
+
+def fan_out(
+    module: nn.Module, x: Float[Array, "B T I"], features: Mapping[str, int], use_bias: bool, **more: Any
+) -> list[Float[Array, "B T O"]]:
+    """Several `Dense` of a module over one input, by name; their adapters meet it in one product.
+
+    Args:
+      module: the one that calls, with `lora_dropout`.
+      x: the input.
+      features: the width of each one's result.
+      use_bias, more: of each, see `Dense`.
+    """
+    rate, found = module.lora_dropout, module.variables.get("lora", {})  # type: ignore[attr-defined]
+    apart = rate and module.has_rng("dropout")  # each drops other numbers of the input
+    lora = {} if apart else {name: found[name] for name in features if "a" in found.get(name, {})}
+    inners = adapter.inners(x.reshape(-1, x.shape[-1]), lora)
+    dense = lambda name, width: Dense(width, use_bias, rate, name=name, **more)(x, inners.get(name))
+    return [dense(name, width) for name, width in features.items()]
 
 
 class RMSNorm(nn.Module):
@@ -112,10 +132,10 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        dense = lambda name, width: Dense(width, self.use_bias, self.lora_dropout, name=name)(x)
         if self.fused:
-            gate, up = jnp.split(dense("gate_up", 2 * self.hidden), 2, axis=-1)
+            (both,) = fan_out(self, x, {"gate_up": 2 * self.hidden}, self.use_bias)
+            gate, up = jnp.split(both, 2, axis=-1)
         else:
-            gate, up = dense("gate", self.hidden), dense("up", self.hidden)
+            gate, up = fan_out(self, x, {"gate": self.hidden, "up": self.hidden}, self.use_bias)
         act = ACTIVATIONS[self.activation]
         return Dense(x.shape[-1], self.use_bias, self.lora_dropout, self.out_init, name="down")(act(gate) * up)

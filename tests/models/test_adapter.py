@@ -90,6 +90,19 @@ def test_dropout_is_pefts_and_keeps_the_mean(kind):
     np.testing.assert_allclose(np.mean(found, axis=0), adapter.project(x, kernel, leaves), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_one_input_share_the_product_with_their_a(kind):
+    x, kernel = draw(TOKENS, IN), draw(IN, OUT, seed=1)
+    lora = {"q": leaves_of(kind), "k": leaves_of("lora", seed=3, n_out=3)}
+    lora["k"]["a"] = lora["k"]["a"][:, :1]  # of another rank
+    program = jax.make_jaxpr(lambda x: adapter.inners(x, lora))(x)
+    assert [one.primitive.name for one in program.eqns].count("dot_general") == 1
+    inners = adapter.inners(x, lora)
+    np.testing.assert_allclose(inners["k"], x @ lora["k"]["a"], rtol=1e-5)
+    shared = adapter.project(x, kernel, lora["q"], inner=inners["q"])
+    np.testing.assert_allclose(shared, adapter.project(x, kernel, lora["q"]), rtol=2e-5, atol=1e-6)
+
+
 def test_dropout_needs_a_rate_and_a_key():
     key = jax.random.key(0)
     assert adapter.dropout(0.0, key) is None

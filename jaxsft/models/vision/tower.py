@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxsft.models.attention import Where, attend
-from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm
+from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, fan_out
 from jaxsft.models.model import Model, by_rows, span
 from jaxsft.models.remat import dear, rematerialise
 from jaxsft.models.vision import classifier
@@ -104,9 +104,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         (B, T, D), N, bias = x.shape, self.config.heads, self.config.qkv_bias
-        heads = lambda name: Dense(D, bias, self.lora_dropout, INIT, name=name)(x).reshape(B, T, N, D // N)
+        q, k, v = (y.reshape(B, T, N, D // N) for y in fan_out(self, x, dict.fromkeys("qkv", D), bias, init=INIT))
         everywhere = Where(jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), jnp.int32))
-        out = attend(heads("q"), heads("k"), heads("v"), everywhere, everywhere, ordered=True, causal=False)
+        out = attend(q, k, v, everywhere, everywhere, ordered=True, causal=False)
         return Dense(D, True, self.lora_dropout, INIT, name="o")(dear(out.reshape(B, T, D)))
 
 
