@@ -203,6 +203,7 @@ def measure(work: Work, sections: Sections) -> Need:
         mesh,
         dtype=jnp.dtype(s.model.dtype),
         remat=s.model.remat,
+        attention=s.model.attention,
         full_precision=plan.trainable,
         cut=plan.cut,
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,

@@ -109,6 +109,7 @@ def load(
         full_precision=plan.trainable,
         cut=plan.cut,
         remat=model.remat,
+        attention=model.attention,
         lora_dropout=plan.lora.dropout if plan.lora else 0.0,
         labels=labels,
         key=key_score,
@@ -117,7 +118,7 @@ def load(
     )
     trainable, frozen = tuning.apply(plan, base, key_lora, mesh=mesh, rules=family.rules)
     added = vocabulary.lines() if vocabulary else {}
-    report.summary("model", tuning.describe(plan, trainable, frozen) | added)
+    report.summary("model", tuning.describe(plan, trainable, frozen) | _attention(loaded) | added)
     return Learner(loaded, plan, trainable, frozen)
 
 
@@ -130,11 +131,16 @@ def draw(
     vocabulary: hub.Vocabulary | None = None,
 ) -> Learner:
     """Makes a model of the shape that config.json describes, with random weights that all learn."""
-    kind = {"dtype": jnp.dtype(model.dtype), "remat": model.remat, "labels": labels, "vocabulary": vocabulary}
+    kind = {"dtype": jnp.dtype(model.dtype), "remat": model.remat, "attention": model.attention}
+    kind |= {"labels": labels, "vocabulary": vocabulary}
     made, params = hub.init(model.path, jax.random.key(seed), mesh, **kind)
     plan = tuning.plan(tuning.Config(method="full"), made.config.layers)
-    report.summary("model", tuning.describe(plan, {"params": params}, {}))
+    report.summary("model", tuning.describe(plan, {"params": params}, {}) | _attention(made))
     return Learner(made, plan, {"params": params}, {})
+
+
+def _attention(model: Model) -> dict[str, str]:
+    return {"attention": model.attention} if model.attention else {}
 
 
 def with_reference(learner: Learner) -> Learner:

@@ -25,6 +25,9 @@ class Config:
     remat: Literal["none", "dots", "block", "offload"] = "dots"
     """what the backward pass computes again to save memory: nothing; all but matrix products and attention, which costs
     no time; whole layers, from their inputs; or these from inputs that wait in the host's memory"""
+    attention: Literal["auto", "blocks", "plain", "splash", "mha"] = "auto"
+    """the kernel that computes it: the backend's best that can do what the model needs (auto), blocks anywhere, splash
+    on TPUs, mha on NVIDIA GPUs, or plain, with every score in memory; see docs/attention.md"""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """keep the kernels of the layers packed in memory: int8, or QLoRA's nf4 with 4.13 bits a weight. They cannot train
     then; LoRA does, beside them, and is merged into the base as its files have it"""

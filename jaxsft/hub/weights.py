@@ -31,6 +31,7 @@ def load(
     full_precision: Pattern = (),
     cut: int | None = None,
     remat: str = "dots",
+    attention: str = "auto",
     lora_dropout: float = 0.0,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, Tree]:
@@ -42,7 +43,7 @@ def load(
       dtype: of the computation and of the weights.
       full_precision: addresses ("params/...") whose weights are float32 whatever dtype is: those that will train.
       cut: a layer before which the stack is cut, see `models.split`.
-      remat, lora_dropout: see `models.build`.
+      remat, attention, lora_dropout: see `models.build`.
       vocabulary: from `hub.load_vocabulary`; the tables then have rows for its new tokens, at the mean of the others.
 
     Returns:
@@ -58,7 +59,8 @@ def load(
       >>> model.config.layers
       4
     """
-    kind = {"dtype": dtype, "full_precision": full_precision, "cut": cut, "remat": remat, "lora_dropout": lora_dropout}
+    kind = {"dtype": dtype, "full_precision": full_precision, "cut": cut, "remat": remat}
+    kind |= {"attention": attention, "lora_dropout": lora_dropout}
     model, variables = load_variables(path, mesh, vocabulary=vocabulary, **kind)
     return model, variables["params"]
 
@@ -72,6 +74,7 @@ def load_variables(
     full_precision: Pattern = (),
     cut: int | None = None,
     remat: str = "dots",
+    attention: str = "auto",
     lora_dropout: float = 0.0,
     labels: int | None = None,
     key: Key | None = None,
@@ -138,8 +141,8 @@ def load_variables(
         raise CheckpointError(f"{folder} has tensors this family does not know: {', '.join(unknown[:5])}")
     if broken := [p for p, ok in [(p, _finite(x)) for p, x in params.items()] if not ok]:
         raise CheckpointError(f"{folder} holds NaN or infinite numbers in {broken[0]}; download or export it again")
-    how = {"remat": remat, "lora_dropout": lora_dropout, "mesh": mesh, "follows": full_precision}
-    model = build(config, dtype=dtype, **how)
+    how = {"remat": remat, "attention": attention, "lora_dropout": lora_dropout, "mesh": mesh}
+    model = build(config, dtype=dtype, follows=full_precision, **how)
     return model, {"params": tree.nest(params)} | ({"packed": tree.nest(packed)} if packed else {})
 
 
@@ -156,6 +159,7 @@ def abstract(
     full_precision: Pattern = (),
     cut: int | None = None,
     remat: str = "dots",
+    attention: str = "auto",
     lora_dropout: float = 0.0,
     quantise: str = "none",
     labels: int | None = None,
@@ -188,8 +192,8 @@ def abstract(
     variables = {"params": sharding.abstract(tree.nest(plain), family.rules, mesh)}
     if packed:
         variables["packed"] = sharding.abstract(tree.nest(packed), quant.rules(family.rules), mesh)
-    how = {"remat": remat, "lora_dropout": lora_dropout, "mesh": mesh, "follows": full_precision}
-    return build(config, dtype=dtype, **how), variables
+    how = {"remat": remat, "attention": attention, "lora_dropout": lora_dropout, "mesh": mesh}
+    return build(config, dtype=dtype, follows=full_precision, **how), variables
 
 
 @jax.jit
@@ -257,6 +261,7 @@ def init(
     *,
     dtype=jnp.float32,
     remat: str = "dots",
+    attention: str = "auto",
     labels: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Model, Tree]:
@@ -267,6 +272,6 @@ def init(
     family, config = read_config(resolve(path), labels)
     config = with_rows(config, vocabulary)
     mesh = sharding.mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    model = build(config, dtype=dtype, remat=remat, mesh=mesh, follows="params/.*")
+    model = build(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh, follows="params/.*")
     placed = sharding.shardings(shapes(config), family.rules, mesh)
     return model, jax.jit(model.init, out_shardings=placed)(key)

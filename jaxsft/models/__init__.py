@@ -116,26 +116,34 @@ def build(
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
     follows: Pattern = (),
+    attention: str = "auto",
 ) -> Model:
     """Makes the functions of a model, as its config is; see `decoder.build`, and `build` of the other networks.
 
     `follows` are the addresses that train, which only a network with batch norms asks: see `vision.residual`.
+
+    Raises:
+      ValueError: as `decoder.build`; a kernel of attention for a network that has none.
 
     Example:
       >>> build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64)).config.mlm
       True
     """
     given: dict[str, Any] = {"dtype": dtype, "remat": remat, "lora_dropout": lora_dropout, "mesh": mesh}
+    if isinstance(config, ResNetConfig | ConvNextConfig) and attention != "auto":
+        raise ValueError(
+            f"attention {attention!r} asks for a kernel, and a network of convolutions has none; take auto"
+        )
     match config:
         case EncoderConfig():
-            return encoder.build(config, **given)
+            return encoder.build(config, **given, attention=attention)
         case TowerConfig():
-            return tower.build(config, **given)
+            return tower.build(config, **given, attention=attention)
         case ResNetConfig():
             return residual.build(config, **given, follows=follows)
         case ConvNextConfig():
             return depthwise.build(config, **given)
-    return decoder.build(config, **given)
+    return decoder.build(config, **given, attention=attention)
 
 
 __all__ = [

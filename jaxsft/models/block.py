@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxsft.models import rope as rotary
-from jaxsft.models.attention import Where, attend, recall
+from jaxsft.models.attention import NO_WINDOW, Where, attend, recall
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, RMSNorm, fan_out
 from jaxsft.models.model import Cache
 from jaxsft.models.moe import Mixture, MoE
-from jaxsft.models.remat import dear
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,8 @@ class Attention(nn.Module):
     config: DecoderConfig
     lora_dropout: float
     out_init: Callable
+    kernel: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None, keep: bool):
@@ -121,13 +122,14 @@ class Attention(nn.Module):
         q = rotary.rotate(q, *turn.tokens)
         turned = rotary.rotate(k, *turn.tokens)
         if cache is None:
-            out = attend(q, turned, v, where, where, window, **how, ordered=True)
+            windows = sorted({w or NO_WINDOW for w in c.windows or [None]})
+            out = attend(q, turned, v, where, window, **how, kernel=self.kernel, windows=windows, mesh=self.mesh)
         else:
             keys = cache.k
             if turn.slots is not None:
                 keys = jnp.moveaxis(rotary.rotate(jnp.moveaxis(keys, -1, 1), *turn.slots), 1, -1)
             out = recall(q, turned, v, (keys, cache.v), where, window, **how)
-        out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(dear(out.reshape(B, T, -1)))
+        out = Dense(x.shape[-1], c.out_bias, self.lora_dropout, self.out_init, name="o")(out.reshape(B, T, -1))
         return out, (k if turns_late(c) else turned, v) if keep else None
 
 
@@ -136,6 +138,7 @@ class Block(nn.Module):
     lora_dropout: float = 0.0
     mixed: bool = False  # a mixture of experts in the MLP's place
     mesh: Mesh | None = None
+    kernel: str = "blocks"  # of attention
 
     @nn.compact
     def __call__(self, x, turn: Turn, where: Where, window, cache: Cache | None = None, keep: bool = False):
@@ -144,7 +147,7 @@ class Block(nn.Module):
         out_init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)
         norm = lambda name, on: norm_of(c, name) if on else lambda x: x
         add = lambda x, y: x + y if c.residual_scale == 1 else x + c.residual_scale * y
-        attn = Attention(c, self.lora_dropout, out_init, name="attn")
+        attn = Attention(c, self.lora_dropout, out_init, self.kernel, self.mesh, name="attn")
         y, kept = attn(norm("attn_norm", c.pre_norm)(x), turn, where, window, cache, keep)
         x = add(x, norm("attn_post_norm", c.post_norm)(y))
         y, routing = norm("mlp_norm", c.pre_norm)(x), None

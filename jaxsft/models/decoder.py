@@ -26,7 +26,7 @@ from jaxtyping import Array, Int
 
 from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
-from jaxsft.models.attention import NO_WINDOW, Where
+from jaxsft.models.attention import NO_WINDOW, SINKS, SOFT_CAPS, WINDOWS, Where, choose, describe
 from jaxsft.models.block import Block, DecoderConfig, Turn, norm_of, ropes_of, turns_late
 from jaxsft.models.model import Cache, Model, by_rows, span, write
 from jaxsft.models.moe import balance
@@ -121,6 +121,16 @@ def _turns(config: DecoderConfig, where: Where, slots: int | None) -> tuple[Turn
     return stacked, np.array([kinds.index(rope) for rope in ropes], np.int32)
 
 
+def _needs(config: DecoderConfig) -> set[str]:
+    """What a kernel of attention has to be able to do."""
+    needs = {
+        WINDOWS: any(config.windows or ()),
+        SOFT_CAPS: config.attn_soft_cap is not None,
+        SINKS: config.sinks,
+    }
+    return {need for need, is_so in needs.items() if is_so}
+
+
 def build(
     config: DecoderConfig,
     *,
@@ -128,6 +138,7 @@ def build(
     remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
+    attention: str = "auto",
 ) -> Model:
     """Makes the functions of a model.
 
@@ -138,9 +149,10 @@ def build(
         attention, "block": all but the inputs of the layers, "offload": likewise, and these wait in the host's memory.
       lora_dropout: rate of the dropout before A, used where `features` gets a dropout key.
       mesh: where it will run, so that activations are cut as the batch is, and experts and tokens meet.
+      attention: the kernel, see `attention.choose`.
 
     Raises:
-      ValueError: an unknown remat policy.
+      ValueError: an unknown remat policy, a kernel that cannot do what the model needs.
 
     Example:
       >>> config = DecoderConfig(32, 8, 16, 2, heads=2, kv_heads=1, head_dim=4, max_position=64, tied=True)
@@ -151,7 +163,8 @@ def build(
       (1, 6, 8)
     """
     again = rematerialise(remat)
-    blocks = {mixed: Block(config, lora_dropout, mixed, mesh) for mixed in (False, True)}
+    kernel = choose(attention, _needs(config), mesh)
+    blocks = {mixed: Block(config, lora_dropout, mixed, mesh, kernel) for mixed in (False, True)}
     final_norm = norm_of(config)
     windows = np.array([w or NO_WINDOW for w in config.windows or [None] * config.layers], np.int32)
 
@@ -242,4 +255,5 @@ def build(
         outer, H = (config.layers, rows, config.kv_heads), config.head_dim
         return Cache(jnp.zeros((*outer, H, slots), dtype), jnp.zeros((*outer, slots, H), dtype))
 
-    return Model(config, functools.partial(_init, config), features, learn, output, read, extend, empty)
+    said = describe(kernel, mesh)
+    return Model(config, functools.partial(_init, config), features, learn, output, read, extend, empty, said)

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxsft.models.attention import Where, attend
+from jaxsft.models.attention import BOTH_SIDES, Where, attend, choose, describe
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm, fan_out
 from jaxsft.models.model import Model, by_rows, span
-from jaxsft.models.remat import dear, rematerialise
+from jaxsft.models.remat import rematerialise
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -71,23 +71,27 @@ class EncoderConfig:
 class Attention(nn.Module):
     config: EncoderConfig
     lora_dropout: float
+    kernel: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], where: Where) -> Float[Array, "B T D"]:
         (B, T, D), N = x.shape, self.config.heads
         q, k, v = (y.reshape(B, T, N, D // N) for y in fan_out(self, x, dict.fromkeys("qkv", D), True, init=INIT))
-        out = attend(q, k, v, where, where, ordered=True, causal=False)
-        return Dense(D, True, self.lora_dropout, INIT, name="o")(dear(out.reshape(B, T, D)))
+        out = attend(q, k, v, where, causal=False, kernel=self.kernel, mesh=self.mesh)
+        return Dense(D, True, self.lora_dropout, INIT, name="o")(out.reshape(B, T, D))
 
 
 class Block(nn.Module):
     config: EncoderConfig
     lora_dropout: float = 0.0
+    kernel: str = "blocks"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x, where: Where):
         c = self.config
-        attn = Attention(c, self.lora_dropout, name="attn")
+        attn = Attention(c, self.lora_dropout, self.kernel, self.mesh, name="attn")
         mlp = MLP(c.mlp_hidden, c.activation, True, self.lora_dropout, INIT, name="mlp")
         x = LayerNorm(c.norm_eps, name="attn_norm")(x + attn(x, where))
         return LayerNorm(c.norm_eps, name="mlp_norm")(x + mlp(x))
@@ -160,6 +164,7 @@ def build(
     remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
+    attention: str = "auto",
 ) -> Model:
     """Makes the functions of a model; arguments as for `decoder.build`.
 
@@ -172,7 +177,7 @@ def build(
       `read`, `extend` and `cache` raise.
 
     Raises:
-      ValueError: an unknown remat policy.
+      ValueError: an unknown remat policy, a kernel that attends to one side alone.
 
     Example:
       >>> model = build(EncoderConfig(32, 8, 16, 2, heads=2, max_position=64))
@@ -181,7 +186,9 @@ def build(
       ((1, 6, 9), (32, 9))
     """
     again = rematerialise(remat)
-    block, head, norm = Block(config, lora_dropout), Head(config, lora_dropout), LayerNorm(config.norm_eps)
+    kernel = choose(attention, {BOTH_SIDES}, mesh)
+    block, head = Block(config, lora_dropout, kernel, mesh), Head(config, lora_dropout)
+    norm = LayerNorm(config.norm_eps)
 
     def embed(
         params: Mapping, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], types: Int[Array, "B T"] | None
@@ -239,4 +246,5 @@ def build(
     def learn(*args, **more):
         return features(*args, **more), jnp.float32(0)
 
-    return Model(config, functools.partial(_init, config), features, learn, output, _no_cache, _no_cache, _no_cache)
+    init, none = functools.partial(_init, config), _no_cache
+    return Model(config, init, features, learn, output, none, none, none, describe(kernel, mesh))

@@ -50,6 +50,7 @@ class Model(NamedTuple):
     read: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, segments)
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache), see `write`
     cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
+    attention: str = ""  # what computes it, for people
 
 
 def write(
@@ -120,7 +121,11 @@ def split(params: Tree, at: int) -> Tree:
 
 
 def by_rows(x: Float[Array, "B ..."], mesh: Mesh | None) -> Float[Array, "B ..."]:
-    """Says that activations are cut as the batch is; the cut of the embedding's features would spread otherwise."""
+    """Says that activations are cut as the batch is; the cut of the embedding's features would spread otherwise.
+
+    The tokens of rows, [B, T, D], are cut over `context` besides.
+    """
     if mesh is None or mesh.size == 1 or len(x) % axes.rows(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes.ROWS, *[None] * (x.ndim - 1))))
+    piece = [axes.CONTEXT] if x.ndim == 3 and x.shape[1] % mesh.shape[axes.CONTEXT] == 0 else []
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes.ROWS, *piece)))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft.models import attention
-from jaxsft.models.attention import NO_WINDOW, Where, attend, visible
+from jaxsft.models.attention import NO_WINDOW, Where, blocks, plain, visible
+from jaxsft.models.attention.blocks import How, _met
 
 
 def where(*rows):
@@ -55,7 +55,7 @@ def heads(seed, T, N, S=None, K=None, H=4, B=2):
     return [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def plain(q, k, v, mask):
+def loop(q, k, v, mask):
     """Softmax attention, a query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out, group = np.zeros_like(q), q.shape[2] // k.shape[2]
@@ -69,7 +69,10 @@ def plain(q, k, v, mask):
 
 ROWS = where([3, 4, -2], [1, 2, 6])
 BRANCHES = pairs([(3, 2, 4), (0, 1, 3)], [(1, 5, 1), (4, 2, 2)])
-FORMS = functools.partial(jax.jit, static_argnames=("ordered", "causal"))(attend)
+jit = functools.partial(jax.jit, static_argnames=("causal", "scale", "soft_cap", "tile"))
+at_once = jit(lambda q, k, v, where, *window, **how: plain(q, k, v, where, where, *window, **how))
+in_blocks = jit(functools.partial(blocks, tile=64))
+FORMS = [at_once, in_blocks]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, NO_WINDOW])
@@ -106,9 +109,9 @@ def test_what_is_not_causal_sees_its_whole_document_and_no_other():
 @pytest.mark.parametrize("rows", [ROWS, where([300], [100, 150, 30, -20])], ids=["one block", "several"])
 def test_attention_to_both_sides_equals_the_plain_loop_in_both_forms(rows):
     q, k, v = heads(2, rows.positions.shape[1], 2)
-    expected = plain(q, k, v, both_sides(rows, rows))
-    for ordered in (False, True):
-        np.testing.assert_allclose(FORMS(q, k, v, rows, rows, ordered=ordered, causal=False), expected, atol=5e-6)
+    expected, real = loop(q, k, v, both_sides(rows, rows)), np.asarray(rows.segments) > 0
+    for attend in FORMS:
+        np.testing.assert_allclose(attend(q, k, v, rows, causal=False)[real], expected[real], atol=5e-6)
 
 
 def test_a_token_sees_itself_even_where_it_is_padding():
@@ -119,9 +122,9 @@ def test_a_token_sees_itself_even_where_it_is_padding():
 @pytest.mark.parametrize(("n", "kv"), [(4, 4), (4, 2), (3, 1)])
 def test_attend_equals_a_plain_softmax_loop_in_both_forms(n, kv, window):
     q, k, v = heads(n + kv, 9, n, K=kv)
-    expected = plain(q, k, v, seen(ROWS, ROWS, window))
-    for ordered in (False, True):
-        np.testing.assert_allclose(FORMS(q, k, v, ROWS, ROWS, window, ordered=ordered), expected, atol=2e-6)
+    expected = loop(q, k, v, seen(ROWS, ROWS, window))
+    for attend in FORMS:
+        np.testing.assert_allclose(attend(q, k, v, ROWS, window), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(("scale", "soft_cap"), [(0.7, None), (None, 1.5), (0.3, 0.8)])
@@ -135,58 +138,79 @@ def test_scores_are_scaled_and_capped_as_told(scale, soft_cap):
         scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
         weights = np.exp(scores - scores.max())
         expected[b, t, n] = weights @ np.asarray(v[b, there, n]) / weights.sum()
-    for ordered in (False, True):
-        found = attend(q, k, v, ROWS, ROWS, scale=scale, soft_cap=soft_cap, ordered=ordered)
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+    for attend in FORMS:
+        np.testing.assert_allclose(attend(q, k, v, ROWS, scale=scale, soft_cap=soft_cap), expected, atol=2e-6)
 
 
 LONG = {"documents": where([300], [100, 150, 30, -20]), "pairs": pairs([(150, 60, 88)], [(20, 30, 40), (130, 9, 50)])}
 
 
+def pulled(attend, rows, seed=0, **how):
+    """What real tokens get, and what all heads and sinks get back from them for some gradient."""
+    T, N, K = rows.positions.shape[1], 4, 2
+    q, k, v = heads(seed, T, N, K=K)
+    real = (rows.segments > 0)[..., None, None]
+    weights = jnp.where(real, jnp.asarray(np.random.default_rng(seed + 1).normal(size=q.shape), jnp.float32), 0)
+    sinks = jnp.array([-1.0, 0.5, 2.0, 0.0]) if how.pop("sinks", False) else None
+
+    @jax.jit
+    def pull(q, k, v, sinks):
+        out, back = jax.vjp(lambda q, k, v, sinks: attend(q, k, v, rows, sinks=sinks, **how), q, k, v, sinks)
+        return jnp.where(real, out, 0), back(weights)
+
+    return pull(q, k, v, sinks)
+
+
+def assert_same(found, expected):
+    for ours, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, other, atol=3e-5)
+        assert float(jnp.abs(other).max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"window": 70}, {"window": 70, "sinks": True, "soft_cap": 1.5, "scale": 0.7}],
+    ids=["all", "window", "window, sinks, cap"],
+)
+@pytest.mark.parametrize("long", LONG.values(), ids=LONG)
+def test_blocks_have_the_values_and_gradients_of_all_scores_at_once(long, how):
+    assert_same(pulled(in_blocks, long, **how), pulled(at_once, long, **how))
+
+
 @pytest.mark.parametrize("window", [70, NO_WINDOW])
 @pytest.mark.parametrize("long", LONG.values(), ids=LONG)
-def test_rows_of_several_blocks_equal_the_plain_loop_and_have_the_same_gradients(long, window):
-    assert 2 * attention.BLOCK < 300
-    assert 300 % attention.BLOCK
+def test_rows_of_several_blocks_equal_the_plain_loop(long, window):
     q, k, v = heads(0, 300, 2, K=1)
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def pull(qkv, ordered):
-        out, back = jax.vjp(lambda *qkv: attend(*qkv, long, long, window, ordered=ordered), *qkv)
-        return out, back(weights)
-
-    ordered, unordered = pull((q, k, v), True), pull((q, k, v), False)
-    np.testing.assert_allclose(ordered[0], plain(q, k, v, seen(long, long, window)), atol=5e-6)
-    for ours, other in zip(ordered[1], unordered[1], strict=True):
-        np.testing.assert_allclose(ours, other, atol=2e-5)
-        assert float(jnp.abs(ours).max()) > 0.1
+    real = np.asarray(long.segments) > 0
+    found, expected = in_blocks(q, k, v, long, window), loop(q, k, v, seen(long, long, window))
+    np.testing.assert_allclose(found[real], expected[real], atol=5e-6)
 
 
-def test_rows_longer_than_all_blocks_get_wider_blocks():
-    T = attention.BLOCK * attention.MOST_BLOCKS + 1
-    shapes = [jax.ShapeDtypeStruct((1, T, 1, 4), jnp.float32)] * 3
-    place = Where(*[jax.ShapeDtypeStruct((1, T), jnp.int32)] * 2)
-    run = functools.partial(attend, ordered=True)
-    program = jax.make_jaxpr(run)(*shapes, place, place)
-    blocks = sum(equation.primitive.name in ("checkpoint", "remat", "remat2") for equation in program.eqns)
-    assert 0 < blocks <= attention.MOST_BLOCKS
+def test_a_block_begins_at_the_first_tile_that_it_sees_and_ends_at_the_last():
+    row = where([4, 2, 6, -4])
+    tiles = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(1, 8, 2), 1, 0), row)
+    met = functools.partial(_met, How(1.0, None, True, 2), tiles, tiles, 0)
+    assert [x.tolist() for x in met(NO_WINDOW)] == [[0, 0, 2, 3, 3, 3, 6, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
+    assert [x.tolist() for x in met(2)] == [[0, 0, 2, 3, 3, 4, 6, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
+    later = _met(How(1.0, None, True, 2), tiles, tiles, -16, NO_WINDOW)
+    assert not later[1].any()
 
 
 def test_the_softmax_is_float32_whatever_the_heads_are():
     q, k, v = (x.astype(jnp.bfloat16) for x in heads(3, 9, 2))
-    out = FORMS(q, k, v, ROWS, ROWS, ordered=True)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), plain(q, k, v, seen(ROWS, ROWS, 99)), atol=0.02)
+    for attend in FORMS:
+        out = attend(q, k, v, ROWS)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), loop(q, k, v, seen(ROWS, ROWS, 99)), atol=0.02)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_a_sink_takes_the_weight_of_a_key_that_has_no_value(ordered):
+@pytest.mark.parametrize("attend", FORMS, ids=["plain", "blocks"])
+def test_a_sink_takes_the_weight_of_a_key_that_has_no_value(attend):
     q, k, v = heads(9, 9, 4, K=2)
     sinks = jnp.array([-1.0, 0.0, 2.0, 30.0])
-    found = attend(q, k, v, ROWS, ROWS, sinks=sinks, ordered=ordered)
+    found = attend(q, k, v, ROWS, sinks=sinks)
     mask = seen(ROWS, ROWS, NO_WINDOW)
-    without = plain(q, k, v, mask)
+    without = loop(q, k, v, mask)
     for b, t, n in np.ndindex(q.shape[:3]):
         scores = np.asarray(k, np.float64)[b, mask[b, t], n // 2] @ np.asarray(q, np.float64)[b, t, n] / 2
         share = np.exp(scores).sum() / (np.exp(scores).sum() + np.exp(float(sinks[n])))

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxsft.models.attention import Where, attend
+from jaxsft.models.attention import BOTH_SIDES, Where, attend, choose, describe
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, fan_out
 from jaxsft.models.model import Model, by_rows, span
-from jaxsft.models.remat import dear, rematerialise
+from jaxsft.models.remat import rematerialise
 from jaxsft.models.vision import classifier
 from jaxsft.models.vision.classifier import Pooling
 from jaxsft.models.vision.layers import Conv, Gain
@@ -100,26 +100,31 @@ class TowerConfig:
 class Attention(nn.Module):
     config: TowerConfig
     lora_dropout: float
+    kernel: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         (B, T, D), N, bias = x.shape, self.config.heads, self.config.qkv_bias
         q, k, v = (y.reshape(B, T, N, D // N) for y in fan_out(self, x, dict.fromkeys("qkv", D), bias, init=INIT))
         everywhere = Where(jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), jnp.int32))
-        out = attend(q, k, v, everywhere, everywhere, ordered=True, causal=False)
-        return Dense(D, True, self.lora_dropout, INIT, name="o")(dear(out.reshape(B, T, D)))
+        out = attend(q, k, v, everywhere, causal=False, kernel=self.kernel, mesh=self.mesh)
+        return Dense(D, True, self.lora_dropout, INIT, name="o")(out.reshape(B, T, D))
 
 
 class Block(nn.Module):
     config: TowerConfig
     lora_dropout: float = 0.0
+    kernel: str = "blocks"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
         gain = lambda name, y: y if c.gain is None else Gain(c.gain, name=name)(y)
         norm = lambda name: LayerNorm(c.norm_eps, name=name)
-        x = x + gain("attn_gain", Attention(c, self.lora_dropout, name="attn")(norm("attn_norm")(x)))
+        attn = Attention(c, self.lora_dropout, self.kernel, self.mesh, name="attn")
+        x = x + gain("attn_gain", attn(norm("attn_norm")(x)))
         if c.gated:
             mlp = GatedMLP(c.mlp_hidden, "silu", True, self.lora_dropout, INIT, fused=True, name="swiglu")
         else:
@@ -187,6 +192,7 @@ def build(
     remat: str = "dots",
     lora_dropout: float = 0.0,
     mesh: Mesh | None = None,
+    attention: str = "auto",
 ) -> Model:
     """Makes the functions of a model; arguments as for `decoder.build`.
 
@@ -196,7 +202,7 @@ def build(
       the model. `read`, `extend` and `cache` raise.
 
     Raises:
-      ValueError: an unknown remat policy.
+      ValueError: an unknown remat policy, a kernel that attends to one side alone.
 
     Example:
       >>> model = build(TowerConfig(8, 16, 2, heads=2, image_size=8, patch=4, labels=3))
@@ -206,7 +212,8 @@ def build(
       (5, 1, 9)
     """
     again = rematerialise(remat)
-    block, norm = Block(config, lora_dropout), LayerNorm(config.norm_eps)
+    kernel = choose(attention, {BOTH_SIDES}, mesh)
+    block, norm = Block(config, lora_dropout, kernel, mesh), LayerNorm(config.norm_eps)
 
     def features(variables, pixels, positions=None, segments=None, dropout=None, reads=None):
         params = variables["params"]
@@ -234,4 +241,5 @@ def build(
         return features(*args, **more), jnp.float32(0)
 
     output, never = functools.partial(classifier.table, config), classifier.no_cache
-    return Model(config, functools.partial(_init, config), features, learn, output, never, never, never)
+    init, said = functools.partial(_init, config), describe(kernel, mesh)
+    return Model(config, init, features, learn, output, never, never, never, said)
