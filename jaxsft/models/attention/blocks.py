@@ -20,7 +20,7 @@ backward pass with their gradients; whole pieces that lie behind the queries are
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -274,4 +274,4 @@ def blocks(
     tile = -(-T // -(-T // most))  # as even as can be, so that little is padded
     how = How(1 / math.sqrt(H) if scale is None else scale, soft_cap, causal, tile, ring)
     q, k, v, where = pad(tile, q, k, v, where)
-    return _attention(how, q, k, v, sinks, where, window)[:, :T]
+    return cast(Array, _attention(how, q, k, v, sinks, where, window))[:, :T]

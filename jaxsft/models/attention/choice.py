@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def attend(
     """
     if where.reads is not None and PAIRS in KERNELS[kernel].lacks:
         kernel = "blocks"
-    how = {"scale": scale, "soft_cap": soft_cap}
+    how: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
 
     def run(q, k, v, sinks, where, window, ring=None):
         match kernel:

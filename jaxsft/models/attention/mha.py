@@ -4,6 +4,7 @@ https://github.com/jax-ml/jax/blob/main/jax/experimental/pallas/ops/gpu/attentio
 """
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -35,4 +36,5 @@ def mha(
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     scale = 1 / math.sqrt(H) if scale is None else scale
     interpret = jax.default_backend() != "gpu"
-    return kernel.mha(q, k, v, where.segments, sm_scale=scale, causal=True, interpret=interpret)[:, :T]
+    out = kernel.mha(q, k, v, where.segments, sm_scale=scale, causal=True, interpret=interpret)
+    return cast(Array, out)[:, :T]
