@@ -7,6 +7,7 @@ import pytest
 
 from jaxsft.models.attention import NO_WINDOW, Where, blocks, plain, visible
 from jaxsft.models.attention.blocks import How, _met
+from jaxsft.models.remat import POLICIES
 
 
 def where(*rows):
@@ -194,6 +195,18 @@ def test_a_block_begins_at_the_first_tile_that_it_sees_and_ends_at_the_last():
     assert [x.tolist() for x in met(2)] == [[0, 0, 2, 3, 3, 4, 6, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
     later = _met(How(1.0, None, True, 2), tiles, tiles, -16, NO_WINDOW)
     assert not later[1].any()
+
+
+def test_what_blocks_gave_is_kept_by_the_policy_that_keeps_what_is_dear():
+    q, k, v = heads(0, 9, 2)
+    attend = lambda q: blocks(q, k, v, ROWS).sum()
+
+    def passes(policy):
+        program = jax.make_jaxpr(jax.grad(jax.checkpoint(attend, policy=POLICIES[policy])))(q)
+        return str(program).count("scan[")
+
+    assert passes("dots") == 2
+    assert passes("block") == 3
 
 
 def test_the_softmax_is_float32_whatever_the_heads_are():
