@@ -54,14 +54,23 @@ def cudnn(where: Where, documents: int, q, k, v):
     counts = jax.vmap(lambda row: jnp.bincount(row, length=documents + 1)[1:])(where.segments).astype(jnp.int32)
     starts = jnp.pad(jnp.cumsum(counts, axis=1), [(0, 0), (1, 0)]).astype(jnp.int32)
     scale = q.shape[-1] ** -0.5
-    packed = {"q_seqlen": counts, "kv_seqlen": counts, "q_offsets": starts, "kv_offsets": starts}
-    return dot_product_attention(q, k, v, **packed, scale=scale, mask_type=MaskType.PADDING_CAUSAL)
+    return dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=counts,
+        kv_seqlen=counts,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=scale,
+        mask_type=MaskType.PADDING_CAUSAL,
+    )
 
 
 def jax_sides(args: argparse.Namespace, where: Where, given: list) -> dict[str, Callable]:
     backend = jax.default_backend()
     here = [name for name, kernel in KERNELS.items() if backend in kernel.backends and name != "plain"]
-    sides = {name: functools.partial(attend, where=where, kernel=name) for name in here}
+    sides: dict[str, Callable] = {name: functools.partial(attend, where=where, kernel=name) for name in here}
     if backend == "gpu" and args.dtype == "bfloat16":
         sides["cudnn"] = functools.partial(cudnn, where, args.documents)
     return {name: pulled(side, *given) for name, side in sides.items()}
@@ -91,7 +100,7 @@ def torch_sides(args: argparse.Namespace, where: Where, given: list) -> dict[str
     )
     sides = {"torch sdpa": lambda: [x.transpose(1, 2) for x in back(sdpa, *by_heads)]}
     if device == "cuda" and importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         lengths = np.tile(np.bincount(np.asarray(where.segments[0]))[1:], args.rows)
         ends = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
