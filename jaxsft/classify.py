@@ -57,7 +57,8 @@ def _each(
     def compute(variables: Mapping, batch: Any) -> tuple[Array, Array]:
         return batch.row, tell(variables, model.features(variables, normalise(batch.pixels)))
 
-    share = functools.partial(data.images.batches, process=jax.process_index(), processes=jax.process_count())
+    process, processes = sharding.share(mesh)
+    share = functools.partial(data.images.batches, process=process, processes=processes)
     batches = place(share(rows, batch_size, seed=None, epochs=1), mesh)
     found = [[sharding.to_host(x) for x in compute(variables, one.batch)] for one in batches]
     row, values = (np.concatenate(part) for part in zip(*found, strict=True))

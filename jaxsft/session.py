@@ -238,7 +238,8 @@ def measure(
     compute = jax.jit(
         lambda trainable, frozen, batch: {"row": batch.row, **each(tree.combine(trainable, frozen), batch)}
     )
-    share = functools.partial(data.batches, process=jax.process_index(), processes=jax.process_count())
+    process, processes = sharding.share(mesh)
+    share = functools.partial(data.batches, process=process, processes=processes)
 
     def run(learner: Learner, batches: int | None = None) -> dict[str, np.ndarray]:
         placed = itertools.islice(place(share(rows, batch_size, seed=None, epochs=1), mesh), batches)
@@ -376,7 +377,8 @@ def learn(
     state = init(learner.trainable, tx, jax.random.key(c.seed), mesh)
     step = make_step(objective, tx, prepare=prepare, microbatches=c.microbatches, shardings=sharding.of(state))
     measure = make_evaluation(objective)
-    share: Any = functools.partial(batches, process=jax.process_index(), processes=jax.process_count())
+    process, processes = sharding.share(mesh)
+    share: Any = functools.partial(batches, process=process, processes=processes)
 
     def evaluate(state: State) -> Mapping[str, float]:
         held = share(held_out or rows, c.batch_size, seed=None, epochs=1)

@@ -141,6 +141,31 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes.ROWS, None))
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process puts on its devices, and of how many.
+
+    Processes whose devices cut the same rows by `context` or `tensor` have the same share, and must read the same rows.
+
+    Raises:
+      ValueError: a process has some rows with one other process, and some with another.
+
+    Example:
+      >>> share(mesh(devices=jax.devices()[:1]))
+      (0, 1)
+    """
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(axes.rows(mesh), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({row for rows in shares for row in rows}) != sum(map(len, shares)) or len(set(map(len, shares))) > 1:
+        raise ValueError(
+            f"mesh.context {mesh.shape['context']} x mesh.tensor {mesh.shape['tensor']} cuts rows over parts of "
+            "processes; let that divide the devices of a process, or be a multiple of them"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
 def whole(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

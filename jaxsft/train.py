@@ -176,11 +176,11 @@ class Placed(NamedTuple):
 
 def place(batches: Iterable, mesh: Mesh) -> Iterator[Placed]:
     """Puts batches on the mesh, one ahead of the one in use."""
-    rows = sharding.rows(mesh)
+    rows, (_, shares) = sharding.rows(mesh), sharding.share(mesh)
 
     def put(batch) -> Placed:
         make = lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x))
-        return Placed(jax.tree.map(make, batch.tokens), batch.count * jax.process_count(), batch.position)
+        return Placed(jax.tree.map(make, batch.tokens), batch.count * shares, batch.position)
 
     ahead = None
     for batch in batches:

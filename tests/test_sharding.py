@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxsft import models, sharding, tree
+from jaxsft import axes, models, sharding, tree
 from jaxsft.hub import shapes
 from jaxsft.models import DecoderConfig
 
@@ -97,3 +100,34 @@ def test_the_rules_of_a_family_cover_every_leaf_and_cut_every_matrix(family, cub
         cut = {axis for axis in placed[path].spec if axis}
         if path.endswith(("kernel", "table")):
             assert cut == {"fsdp", "tensor"}, path
+
+
+def grid(processes: int, *shape: int) -> Mesh:
+    """A mesh of devices that only say whose they are."""
+    count = int(np.prod(shape))
+    devices = [SimpleNamespace(process_index=i * processes // count) for i in range(count)]
+    return SimpleNamespace(devices=np.array(devices).reshape(shape), shape=dict(zip(axes.ALL, shape, strict=True)))  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("processes", "shape", "wanted"),
+    [
+        (2, (8, 1, 1, 1, 1), [(0, 2), (1, 2)]),
+        (4, (2, 2, 1, 1, 2), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (4, (1, 1, 2, 2, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (2, (1, 1, 1, 1, 8), [(0, 1), (0, 1)]),
+    ],
+)
+def test_processes_whose_devices_cut_the_same_rows_read_the_same(processes, shape, wanted, monkeypatch):
+    found = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        found.append(sharding.share(grid(processes, *shape)))
+    assert found == wanted
+
+
+def test_a_mesh_that_cuts_rows_over_parts_of_processes_is_refused():
+    with pytest.raises(
+        ValueError, match=r"mesh.context 1 x mesh.tensor 3 cuts rows over parts of processes; let that divide"
+    ):
+        sharding.share(grid(3, 4, 1, 1, 1, 3))
