@@ -1,7 +1,8 @@
 """Whole models, loaded: into sharded arrays, packed if wanted, or as shapes alone.
 
-Loading asks the reader for each device's slice of each weight, so no host holds the model twice; kernels that are to be
-packed are read and packed tensor by tensor, so that in full precision they never exist together.
+Loading asks the reader for the slices of each weight that the devices of this process hold, each of them once, so no
+host reads or holds what is another's; kernels that are to be packed are read whole and packed tensor by tensor, so that
+in full precision they never exist together.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxsft import lora, quant, sharding, tree
 from jaxsft.hub import names
-from jaxsft.hub.disk import check, part_of
+from jaxsft.hub.disk import check, once, part_of
 from jaxsft.hub.files import CheckpointError, read_json, resolve
 from jaxsft.hub.source import headless, open_weights, read_config, shapes
 from jaxsft.hub.vocabulary import Vocabulary, grown, with_rows
@@ -220,12 +221,12 @@ def _draw(folder: Path, path: str, shape: tuple[int, ...], key: Key | None, plac
 
 
 def _place(reader, here, shape, transposed, dtype, place, vocabulary) -> jax.Array:
-    """Makes one leaf, each device's slice read on its own; a table with the rows of a vocabulary, if one is given."""
+    """Makes one leaf of the slices that this process's devices hold; a table with a vocabulary's rows, if any."""
     part = lambda dtype: part_of(reader, here, shape, transposed, dtype)
     if vocabulary is None:
-        return jax.make_array_from_callback(shape, place, part(dtype))
+        return jax.make_array_from_callback(shape, place, once(part(dtype)))
     rows = grown(part(jnp.float32), shape, vocabulary, jnp.dtype(dtype))
-    return jax.make_array_from_callback((vocabulary.size, *shape[1:]), place, rows)
+    return jax.make_array_from_callback((vocabulary.size, *shape[1:]), place, once(rows))
 
 
 _packed = jax.jit(quant.pack, static_argnums=1)
