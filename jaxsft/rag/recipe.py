@@ -237,6 +237,8 @@ def write(folder: Path, recipe: Recipe, hidden: int, max_tokens: int) -> None:
     """
     if recipe.layers:
         raise CheckpointError(f"{recipe.folder} has Dense modules, which are kept only where nothing else changes")
+    if jax.process_index():
+        return
     parts = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
