@@ -196,6 +196,13 @@ def test_each_device_of_a_mesh_holds_its_slice_of_what_is_packed(wide, kind):
             assert {shard.data.size for shard in leaf.addressable_shards} == {whole[path].size // 4}
 
 
+def test_a_slice_that_several_devices_hold_is_read_once(tiny, monkeypatch):
+    folder, read, sizes = tiny("llama"), Reader.read, []
+    monkeypatch.setattr(Reader, "read", lambda *given: sizes.append(x := read(*given)) or x)
+    hub.load(str(folder), sharding.mesh(4, 2, 1))
+    assert sum(x.nbytes for x in sizes) == sum(x.nbytes for x in raw_of(folder).values())
+
+
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_no_kernel_exists_in_full_precision_when_the_next_is_read(wide, kind, monkeypatch):
     read, seen, alive = Reader.read, [], []
