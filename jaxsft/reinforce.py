@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jaxsft import actor, checkpoint, data, losses, optim, report, rollouts, sharding, train, tree
+from jaxsft import actor, checkpoint, data, hosts, losses, optim, report, rollouts, sharding, train, tree
 from jaxsft.actor import Act, Episodes
+from jaxsft.hosts import Stopped
 from jaxsft.objectives import Judged, Objective, policy_of
 from jaxsft.run import Log, RunError, keep_until, read_metrics
 from jaxsft.train import Step, init, make_step
@@ -173,6 +174,7 @@ def learn(
 
     Raises:
       RunError: a contradicting checkpoint; no answer that has a reward; a loss that is not finite.
+      Stopped: the process was told to end, see `hosts.notice`; the state was saved after the iteration it was in.
     """
     c, frozen = config, learner.frozen
     tx, rate = optim.build(optimizer, c.iterations * c.epochs * c.minibatches)
@@ -199,7 +201,7 @@ def learn(
         if not at.iteration:
             look()
         batches = data.batches_by_length(prompts, c.prompts, seed=c.seed, epochs=None, position=at.prompts)
-        with log.progress(c.iterations):
+        with log.progress(c.iterations), hosts.notice() as told_to_end:
             for batch in itertools.islice(batches, c.iterations - at.iteration):
                 number = at.iteration + 1
                 key = jax.random.fold_in(jax.random.key(c.seed), number)
@@ -215,11 +217,14 @@ def learn(
                 _check(number, told.figures)
                 log.train(number, told.figures | rates, told.tokens)
                 last = number == c.iterations
-                if last or (c.eval_every and number % c.eval_every == 0):
+                stop = None if last else told_to_end(number)
+                if last or (c.eval_every and number % c.eval_every == 0 and not stop):
                     _record(folder, number, "drawn", episodes, told.rewards, show)
                     look()
-                if last or (c.save_every and number % c.save_every == 0):
+                if last or stop or (c.save_every and number % c.save_every == 0):
                     checkpoint.save(manager, state, at._asdict(), recorded)
+                if stop := told_to_end(number) if last else stop:
+                    raise Stopped(stop, number, "iteration")
         return learner._replace(trainable=state.trainable)
     finally:
         checkpoint.close(manager)

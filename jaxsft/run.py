@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxsft import cache
+from jaxsft import cache, hosts
 
 METRICS = "metrics.jsonl"
 WRITTEN = (
@@ -60,8 +61,24 @@ class Config:
     device_gb: float | None = None
     """with plan: the memory of a device in 10^9 bytes; by default what the device says"""
     distributed: bool = False
-    """several hosts work together; off TPU pods and SLURM the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID tell who they are"""
+    """several processes, on one host or many, work together; TPU pods, Slurm and Open MPI tell who they are, elsewhere
+    the three keys below do, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, where the others find it"""
+    num_processes: int | None = None
+    """how many processes there are"""
+    process_id: int | None = None
+    """which of them this is, from 0"""
+    start_timeout: int = 300
+    """seconds until all processes must be there"""
+    heartbeat_timeout: int = 60
+    """seconds without a sign of life after which a process counts as dead, and the others end"""
+
+    @property
+    def processes(self) -> dict[str, Any]:
+        """What `hosts.meet` wants to know."""
+        names = ("coordinator_address", "num_processes", "process_id", "start_timeout", "heartbeat_timeout")
+        return {name: getattr(self, name) for name in names}
 
 
 def start(config: Config) -> Path:
@@ -69,11 +86,12 @@ def start(config: Config) -> Path:
 
     Raises:
       RunError: the folder holds another run, or is a file.
+      HostsError: see `hosts.meet`.
     """
     if config.distributed:
-        # On TPU pods and under SLURM or Open MPI jax finds these itself; elsewhere the environment says them.
-        number = lambda name: int(os.environ[name]) if name in os.environ else None
-        jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+        hosts.meet(**config.processes)
+    elif config.coordinator_address or config.num_processes or config.process_id:
+        raise RunError("run.coordinator_address, num_processes and process_id are for --run.distributed true; add it")
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"run.output_dir {folder} is a file; choose a folder")
@@ -104,19 +122,28 @@ def _delete_run(folder: Path) -> None:
 def guard(main: Callable[[], None]) -> None:
     """Runs a script's main: an error that jaxsft raised ends it with its message alone, any other with a traceback.
 
+    On several hosts either ends the others, too. A run that was told to end exits with 128 and the signal's number.
     What is compiled meanwhile is kept, see `cache.keep_programs`.
     """
     cache.keep_programs()
     try:
         main()
-    except (RunError, ValueError) as error:
+    except hosts.Stopped as stopped:
+        if jax.process_index() == 0:
+            print(f"\n{stopped}")
+        raise SystemExit(stopped.code) from None
+    except BaseException as error:
         where = error.__traceback__
         while where and where.tb_next:
             where = where.tb_next
         ours = where and where.tb_frame.f_globals.get("__name__", "").split(".")[0] == "jaxsft"
-        if not ours and not isinstance(error, RunError):
+        if not isinstance(error, RunError) and not (ours and isinstance(error, ValueError)):
+            if hosts.several():
+                traceback.print_exc()
+                hosts.fail(error)
             raise
         print(f"\nerror: {error}", file=sys.stderr)
+        hosts.fail(error)
         raise SystemExit(1) from None
 
 

@@ -19,7 +19,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from jaxsft import optim, sharding, tree
+from jaxsft import hosts, optim, sharding, tree
+from jaxsft.hosts import Stopped
 from jaxsft.objectives import Objective
 from jaxsft.run import Log, RunError
 from jaxsft.tree import Tree
@@ -226,8 +227,9 @@ def fit(
 
     Raises:
       RunError: the loss is not finite (nothing after the last good step was saved), or the data ended too early.
+      Stopped: the process was told to end, see `hosts.notice`; the state was saved after the step it was in.
     """
-    at, waiting = int(state.step), deque()
+    at, waiting, stop = int(state.step), deque(), None
 
     def look(upto: int) -> None:
         while len(waiting) > upto:
@@ -243,22 +245,25 @@ def fit(
             values[f"trained_{log.unit}"] = int(learned) if log.unit == "tokens" else round(learned, 3)
             log.train(number, first | values, tokens, write=number % log_every == 0 or number == steps)
 
-    with log.progress(steps):
+    with log.progress(steps), hosts.notice() as told:
         for batch in batches if at < steps else ():
             state, metrics = step(state, frozen, batch.batch)
             at += 1
             waiting.append((at, metrics, batch.tokens))
             look(AHEAD)
             last = at == steps
-            if evaluate and (last or (eval_every and at % eval_every == 0)):
+            stop = None if last else told(at)
+            if evaluate and (last or (eval_every and at % eval_every == 0 and not stop)):
                 look(0)
                 log.evaluation(at, evaluate(state))
-            if save and (last or (save_every and at % save_every == 0)):
+            if save and (last or stop or (save_every and at % save_every == 0)):
                 look(0)
                 save(state, batch.position)
-            if last:
+            if last or stop:
                 break
         look(0)
+        if stop := told(at) if at == steps else stop:
+            raise Stopped(stop, at)
     if at < steps:
         raise RunError(f"the data ended after step {at} of {steps}; lower train.max_steps or raise train.epochs")
     return state

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
-    {"axes", "cache", "tree", "types", "config", "run", "report", "quant"},
+    {"axes", "cache", "tree", "types", "config", "hosts", "run", "report", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "probe", "rewards"}
     | {"augment", "classes", "mistakes"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
@@ -18,7 +18,14 @@ FLOORS = [
     {"session", "sections", "preflight", "reinforce", "talk", "classify"},
 ]
 # Within floor 0 and 1 a few parts are ground for the others.
-GROUND = {"report": {"run"}, "types": {"tree"}, "quant": {"tree"}, "run": {"cache"}, "config": set()}
+GROUND = {
+    "report": {"run"},
+    "types": {"tree"},
+    "quant": {"tree"},
+    "run": {"cache", "hosts"},
+    "config": set(),
+    "hosts": set(),
+}
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted((ROOT / "jaxsft").rglob("*.py"))
 

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import signal
 import types
 
 import jax
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 from jaxsft import lora, models, objectives, sharding, train, tree
+from jaxsft.hosts import Stopped
 from jaxsft.run import Log, RunError, read_metrics
 from jaxsft.types import State, Sums, Tokens
 
@@ -253,6 +255,41 @@ def test_no_checkpoint_holds_a_step_whose_loss_is_not_finite(tmp_path):
     with pytest.raises(RunError, match="step 3"):
         run()
     assert saved == [1, 2]
+
+
+@pytest.mark.parametrize(("signalled", "stopped"), [(2, 2), (5, 5)])
+def test_a_signal_ends_the_loop_after_the_step_it_fell_into_with_a_checkpoint(signalled, stopped, tmp_path):
+    """At the last step, too, which is evaluated all the same; the others are saved and nothing else."""
+    saved, evaluated, tx = [], [], optax.sgd(0.25)
+    step = train.make_step(quadratic, tx)
+
+    def interrupted(state, frozen, batch):
+        if int(state.step) + 1 == signalled:
+            signal.raise_signal(signal.SIGTERM)
+        return step(state, frozen, batch)
+
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {stopped}; go on with --run.resume true"):
+        train.fit(
+            interrupted,
+            train.init({"w": jnp.zeros(())}, tx, jax.random.key(0)),
+            {},
+            placed([1.0, 2.0, 3.0, 4.0, 5.0]),
+            steps=5,
+            log=Log(tmp_path),
+            rate=lambda step: 0.25,
+            save=lambda state, position: saved.append((int(state.step), float(state.trainable["w"]), position)),
+            evaluate=lambda state: evaluated.append(int(state.step)) or {"loss": 0.0},
+            eval_every=2,
+        )
+    w = 0.0
+    for value in range(1, stopped + 1):
+        w -= 0.25 * 2 * (w - value)
+    assert saved == [(stopped, pytest.approx(w), {"next_index": stopped})]
+    assert evaluated == ([2, 4, 5] if stopped == 5 else [])
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row] == [
+        *range(1, stopped + 1)
+    ]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_data_that_ends_too_early_is_said(tmp_path):
