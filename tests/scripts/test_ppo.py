@@ -1,12 +1,13 @@
 import json
-import shutil
+import signal
 from pathlib import Path
 
 import jax
 import pytest
 from safetensors.numpy import load_file
 
-from jaxsft import preflight, sharding
+from jaxsft import preflight, reinforce, sharding
+from jaxsft.hosts import Stopped
 from jaxsft.reinforce import SAMPLES
 from jaxsft.run import RunError, read_metrics
 
@@ -138,16 +139,22 @@ def test_the_adapter_is_the_policy_s_and_the_base_is_untouched(finished, small):
 
 
 @pytest.mark.parity  # a long one
-def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_by_bit_as_one_that_was_not_stopped(
-    finished, run_here, small, prompts, tmp_path
+def test_a_run_that_was_told_to_end_and_goes_on_ends_bit_by_bit_as_one_that_was_not(
+    finished, run_here, small, prompts, tmp_path, monkeypatch
 ):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    last = max((out / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
-    shutil.rmtree(last)  # as if it had been killed after the second iteration
-    shutil.rmtree(out / "adapter")
-    run_here("ppo", *arguments(small, prompts, out, **PPO), "--run.resume", "true")
-    same_as(finished, out)
+    args, check = arguments(small, prompts, tmp_path / "run", **PPO), reinforce._check
+
+    def interrupted(iteration, figures):
+        check(iteration, figures)
+        if iteration == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(reinforce, "_check", interrupted)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after iteration 1; go on with --run.resume true"):
+        run_here("ppo", *args)
+    assert not (tmp_path / "run" / "adapter").exists()
+    run_here("ppo", *args, "--run.resume", "true")
+    same_as(finished, tmp_path / "run")
 
 
 def test_what_cannot_be_is_refused_before_anything_is_drawn(run_here, small, prompts, tmp_path, capsys):

@@ -2,7 +2,6 @@ import json
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -225,40 +224,6 @@ def test_ten_kills_at_random_moments_change_nothing(spawn, small, rows, tmp_path
     assert len([step for step in reached if 0 < step < 400]) >= 8, f"the kills came too late or too early: {reached}"
     assert saving, "no kill fell into a save"
     same_as(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.parity  # a long one
-@pytest.mark.timeout(600)
-def test_two_processes_train_as_one_and_resume(spawn, small, rows, tmp_path):
-    """Two processes of two devices on one machine, over sockets: what several hosts do."""
-    more = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2, "run__distributed": "true"}
-    args = arguments(small, rows, tmp_path / "two", **more)
-
-    def pair(*extra: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-        names["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-        both = [spawn("sft", *args, *extra, environment={**names, "JAX_PROCESS_ID": str(i)}) for i in range(2)]
-        outputs = [process.communicate(timeout=240)[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
-
-    pair()
-    uninterrupted(spawn, arguments(small, rows, tmp_path / "one"))
-    one, two = (untimed(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    for a, b in zip(one, two, strict=True):
-        assert b.get("trained_tokens") == a.get("trained_tokens")
-        assert b.get("loss", b.get("eval_loss")) == pytest.approx(a.get("loss", a.get("eval_loss")), rel=2e-4)
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")
-    shutil.rmtree(tmp_path / "two" / "merged")
-    pair("--run.resume", "true")
-    again = untimed(tmp_path / "two" / "metrics.jsonl")
-    assert [row["step"] for row in again] == [row["step"] for row in two]
-    for a, b in zip(two, again, strict=True):
-        assert b.get("loss", b.get("eval_loss")) == pytest.approx(a.get("loss", a.get("eval_loss")), rel=1e-5)
-    hub.load(str(tmp_path / "two" / "merged"))
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, small, rows, run_here):
