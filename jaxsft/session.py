@@ -360,7 +360,7 @@ def learn(
       the learner, with what it has learned.
 
     Raises:
-      RunError: see `fit`; a contradicting checkpoint; a batch that the mesh cannot share out.
+      RunError, Stopped: see `fit`; a contradicting checkpoint; a batch that the mesh cannot share out.
       DataError: a token that the model does not have.
     """
     c = config
