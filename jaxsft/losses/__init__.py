@@ -2,14 +2,14 @@
 
 from jaxsft.losses.advantage import discounted, gae, group, leave_one_out, reinforce, whiten
 from jaxsft.losses.aggregate import AGGREGATES, LOSS_TYPES, LossType, aggregate
-from jaxsft.losses.chunks import CHUNK, CHUNK_CPU
+from jaxsft.losses.chunks import CHUNK, CHUNK_CPU, Chunk
 from jaxsft.losses.classification import cross_entropy
 from jaxsft.losses.contrastive import contrastive
 from jaxsft.losses.divergence import DIVERGENCES
 from jaxsft.losses.episodes import episode_count, episode_mean, episode_sum, last
 from jaxsft.losses.kl import ESTIMATORS, adapt, kl
 from jaxsft.losses.kto import UNPAIRED, ScoredAnswers, apo_zero_unpaired, bco, bco_shift, kto, kto_kl, unpaired
-from jaxsft.losses.logprobs import entropies, logprobs, shift
+from jaxsft.losses.logprobs import entropies, logprobs, shift, top1
 from jaxsft.losses.masked import mask_tokens
 from jaxsft.losses.policy import POLICY, Policy, cispo, gspo, ppo, rloo, surrogate
 from jaxsft.losses.preference import COUNTED, COUPLED, PREFERENCE, WITHOUT_REFERENCE, weighted
@@ -32,6 +32,7 @@ __all__ = [
     "PREFERENCE",
     "UNPAIRED",
     "WITHOUT_REFERENCE",
+    "Chunk",
     "LossType",
     "Policy",
     "Scored",
@@ -71,6 +72,7 @@ __all__ = [
     "sft",
     "shift",
     "surrogate",
+    "top1",
     "unpaired",
     "weighted",
     "whiten",

@@ -1,70 +1,167 @@
-"""Chunks of tokens that meet the output table one after the other, so that not all scores exist at once.
+"""Blocks of tokens times blocks of the vocabulary, one after the other, so that few scores exist at one time.
 
-Rows are first compacted so that the tokens that count come first; chunks that hold none are skipped.
+Tokens that count are counted off first, and only they are read: a loop over their chunks ends with the last of them.
+Within a chunk of tokens the output table passes by in chunks of its rows. The table is [V, D], or such a one packed:
+`quant.pack(table.T, "int8")`, of which a chunk at a time is dequantised.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK_CPU, CHUNK = 256, 4096  # tokens whose logits exist at one time; a CPU's cache likes few
+from jaxsft import quant
+
+Table = Float[Array, "V D"] | Mapping[str, Array]  # the output layer, a row a token, or what `quant.pack` made of it
+
+
+class Chunk(NamedTuple):
+    """How many scores exist at one time on a device: those of so many tokens for so many rows of the table."""
+
+    tokens: int
+    vocabulary: int
+
+
+CHUNK_CPU, CHUNK = (
+    Chunk(256, 8192),
+    Chunk(4096, 16_384),
+)  # a CPU's cache likes few, other devices few and large products
+LOWEST = float(jnp.finfo(jnp.float32).min) / 2  # below all scores, and finite: times 0 it is 0
 
 
 class Head(NamedTuple):
-    """What makes scores of the products of features and table, and how many tokens meet the table at one time."""
+    """What makes scores of the products of features and table, and where."""
 
-    width: int  # tokens of each row
     scale: float = 1.0
     soft_cap: float | None = None
     temperature: float = 1.0
+    chunk: Chunk | None = None  # by default what suits the backend
+    mesh: Mesh | None = None
+
+    def scores(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+        scores = products if self.scale == 1 else products * self.scale
+        scores = scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        return scores if self.temperature == 1 else scores / self.temperature
+
+    def slope(self, scores: Float[Array, "..."]) -> Float[Array, "..."] | float:
+        """d scores / d products, from the scores."""
+        slope = self.scale / self.temperature
+        if self.soft_cap is None:
+            return slope
+        return slope * (1 - (scores * (self.temperature / self.soft_cap)) ** 2)
 
 
 class Compact(NamedTuple):
-    """How rows are reordered so that the tokens that count come first, and filled up to whole chunks."""
+    """How N tokens are reordered so that those that count come first, and filled up to whole chunks."""
 
-    order: Int[Array, "B Tc"]  # where each token stood
-    back: Int[Array, "B T"]  # where each token went
-    counts: Bool[Array, "B Tc"]  # true for a prefix of each row
-    width: int  # tokens of each row in a chunk
+    order: Int[Array, "Nc"]  # where each token stood
+    place: Int[Array, "N"]  # where each token that counts went
+    mask: Bool[Array, "N"]  # which count
+    width: int  # tokens of a chunk
 
+    @property
+    def count(self) -> Int[Array, ""]:
+        return self.mask.sum()
 
-def compact(mask: Bool[Array, "B T"], chunk: int | None) -> Compact:
-    """The order for `mask`, in chunks of `chunk` tokens, or of what suits the backend."""
-    B, T = mask.shape
-    chunk = chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
-    width = min(T, max(1, chunk // B))
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    order = jnp.pad(order, ((0, 0), (0, -T % width)), mode="edge")
-    return Compact(order, back, jnp.arange(order.shape[1]) < mask.sum(axis=1, keepdims=True), width)
+    def take(self, x: Array, start: Int[Array, ""]) -> Array:
+        """The chunk that begins at `start`, of an array [N, ...]; zeros behind the last token that counts."""
+        there = start + jnp.arange(self.width) < self.count
+        found = x[jax.lax.dynamic_slice_in_dim(self.order, start, self.width)]
+        return jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), found, 0)
 
-
-def scores(features: Float[Array, "B t D"], table: Float[Array, "V D"], head: Head) -> tuple[Array, Array | float]:
-    """Scores of every token of the vocabulary, float32 [B, t, V], and d scores / d products of features and table."""
-    logits = jnp.einsum("btd,vd->btv", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
-    slope = head.scale / head.temperature
-    if head.scale != 1:
-        logits = logits * head.scale
-    if head.soft_cap is not None:
-        bent = jnp.tanh(logits / head.soft_cap)
-        logits, slope = head.soft_cap * bent, slope * (1 - bent * bent)
-    if head.temperature != 1:
-        logits = logits / head.temperature
-    return logits, slope
+    def back(self, x: Array) -> Array:
+        """[Nc, ...] -> [N, ...], zeros for tokens that do not count."""
+        return jnp.where(self.mask.reshape(-1, *[1] * (x.ndim - 1)), x[self.place], 0)
 
 
-def chunks(step: Any, carry: Any, mask: Bool[Array, "B Tc"], width: int) -> tuple[Any, Any]:
-    """Scans `step(carry, take)` over chunks of tokens, skipping those that hold no token that counts."""
+def compact(mask: Bool[Array, "N"], tokens: int) -> Compact:
+    """The order for `mask`, in chunks of at most `tokens`.
 
-    def body(carry, start):
-        take: Any = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
-        skip = lambda carry: (carry, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape))
-        run = lambda carry: step(carry, take)
-        shape = jax.eval_shape(run, carry)[1]
-        return jax.lax.cond(take(mask).any(), run, skip, carry)
+    Example:
+      >>> found = compact(jnp.array([False, True, False, True]), 2)
+      >>> found.order.tolist(), found.back(jnp.array([5, 6, 7, 7])).tolist()
+      ([1, 3, 0, 0], [0, 5, 0, 6])
+    """
+    size = len(mask)
+    width = min(size, max(1, tokens))
+    length = size + -size % width
+    place = jnp.cumsum(mask) - 1
+    order = jnp.zeros(length, jnp.int32).at[jnp.where(mask, place, length)].set(jnp.arange(size), mode="drop")
+    return Compact(order, jnp.maximum(place, 0), mask, width)
 
-    carry, out = jax.lax.scan(body, carry, jnp.arange(0, mask.shape[1], width))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-    return carry, jax.tree.map(join, out)  # [chunks, B, width, ...] -> [B, T, ...]
+
+def over_tokens(step: Callable[[Any, Array], tuple[Any, Any]], carry: Any, rows: Compact) -> tuple[Any, Any]:
+    """Runs `step(carry, start) -> (carry, out)` over the chunks that hold tokens, as `jax.lax.scan` would.
+
+    Returns:
+      the carry, and the outputs [width, ...] joined to [Nc, ...], zeros where there was nothing to do.
+    """
+    shapes = jax.eval_shape(step, carry, jnp.int32(0))[1]
+    out = jax.tree.map(lambda s: jnp.zeros((len(rows.order), *s.shape[1:]), s.dtype), shapes)
+
+    def body(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, out = state
+        start = i * rows.width
+        carry, found = step(carry, start)
+        write = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+        return carry, jax.tree.map(write, out, found)
+
+    return jax.lax.fori_loop(0, (rows.count + rows.width - 1) // rows.width, body, (carry, out))
+
+
+class Block(NamedTuple):
+    """Some rows of the table, [v, D] in the dtype of the computation."""
+
+    rows: Float[Array, "v D"]
+    start: Int[Array, ""]  # the first one's number
+    new: Bool[Array, "v"] | None  # which were in no block before; None where all are new
+
+
+def over_vocabulary(
+    step: Callable[[Any, Block], Any], carry: Any, table: Table, chunk: int, dtype: jax.typing.DTypeLike
+) -> Any:
+    """Runs `step(carry, block) -> carry` over blocks of at most `chunk` rows; the last may repeat rows."""
+    size = vocabulary(table)
+    count = -(-size // max(1, chunk))
+    width = min(size, _rounded(-(-size // count)))
+    count = -(-size // width)
+
+    def body(carry: Any, i: Array) -> tuple[Any, None]:
+        start = jnp.minimum(i * width, size - width)
+        new = None if size % width == 0 else start + jnp.arange(width) >= i * width
+        return step(carry, Block(_block(table, start, width, dtype), start, new)), None
+
+    return jax.lax.scan(body, carry, jnp.arange(count))[0]
+
+
+def _rounded(width: int) -> int:
+    """Up to what is whole tiles of a product, where that is little more."""
+    return width if width < 1024 else width + -width % 128
+
+
+def vocabulary(table: Table) -> int:
+    """V.
+
+    Example:
+      >>> table = jnp.ones((5, 64))
+      >>> vocabulary(table), vocabulary(quant.pack(table.T, "int8"))
+      (5, 5)
+    """
+    return table["codes"].shape[-1] if isinstance(table, Mapping) else table.shape[0]
+
+
+def _block(table: Table, start: Array, width: int, dtype: jax.typing.DTypeLike) -> Float[Array, "v D"]:
+    if isinstance(table, Mapping):
+        part = {name: jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1) for name, x in table.items()}
+        return quant.unpack(part, dtype).T
+    return jax.lax.dynamic_slice_in_dim(table, start, width).astype(dtype)
+
+
+def rows_of(table: Table, tokens: Int[Array, "N"]) -> Float[Array, "N D"]:
+    """The rows of some tokens, float32."""
+    if isinstance(table, Mapping):
+        return quant.unpack({name: x[..., tokens] for name, x in table.items()}).T
+    return table[tokens].astype(jnp.float32)

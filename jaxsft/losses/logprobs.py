@@ -1,23 +1,32 @@
 """Log-probabilities of tokens from features, without the [B, T, V] array of logits.
 
-Chunks of the tokens that count meet the output table one after the other, see chunks.py. Products run in the dtype of
-the features with float32 accumulation, the softmax in float32. The gradient is written by hand:
+Chunks of the tokens that count meet blocks of the output table one after the other, see chunks.py. Of the softmax a
+block leaves a running maximum and sums below it (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3). Products
+run in the dtype of the features with float32 accumulation, the softmax in float32. The gradient is written by hand:
 
     d lp / d f = W_y - sum_v p_v W_v    per token: formed in the forward pass, scaled in the backward pass
-    d lp / d W needs the chunk's softmax again, and is only computed where the table trains
+    d lp / d W needs the softmax again, and is only computed where the table trains
 
-The entropy of the whole distribution comes of the same pass. Where it is to have a gradient, too, the chunk's softmax
-is made again for both: two gradients of every token would be kept otherwise.
+The sum is one more running sum, as attention has it over values, so a frozen table is read once. The entropy of the
+whole distribution comes of the same pass. Where it is to have a gradient, too, the scores are made again for both: two
+gradients of every token would be kept otherwise.
+
+On a mesh each device has its own tokens and its own rows of the table, and compacts its own. What devices of `tensor`
+have seen of the same tokens is added up once, after all: three numbers a token, and the gradient to its features.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsft.losses.chunks import Head, chunks, compact, scores
+from jaxsft.losses import softmax
+from jaxsft.losses.chunks import CHUNK, CHUNK_CPU, Chunk, Head, Table, compact, over_tokens, vocabulary
+from jaxsft.losses.shards import shards
+from jaxsft.losses.softmax import Found, Token
 
 
 def shift(
@@ -51,14 +60,15 @@ def shift(
 
 def logprobs(
     features: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
+    table: Table,
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     scale: float = 1.0,
     soft_cap: float | None = None,
     temperature: float = 1.0,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T"]:
     """log softmax(scores / temperature)[target], float32, for the tokens in `mask`; 0 for the others.
 
@@ -66,13 +76,15 @@ def logprobs(
 
     Args:
       features: the model's last hidden states.
-      table: the output layer, a row a token.
+      table: the output layer [V, D], a row a token; or that packed, `quant.pack(table.T, "int8")`.
       targets: the token each position predicts, from `shift`.
       mask: which positions count; the others cost nothing.
       scale: of the scores.
       soft_cap: bounds them (Gemma 2, arXiv:2408.00118, section 2).
       temperature: that of the sampler, where tokens were drawn at another one than 1.
-      chunk: tokens whose logits exist at one time, so memory is chunk x V floats; by default what suits the backend.
+      chunk: tokens and rows of the table whose scores exist at one time; by default what suits the backend.
+      mesh: where features and table lie, if on several devices: rows over all axes but "context", which cuts T, and
+        "tensor", which cuts V. An axis that does not divide its dimension cuts nothing.
 
     Raises:
       ValueError: the temperature is not above 0.
@@ -83,27 +95,26 @@ def logprobs(
       >>> [round(float(x), 3) for x in lp[0]]  # one of five, all equally likely: log 1/5
       [-1.609, -1.609, 0.0]
     """
-    return _ordered(features, table, targets, mask, (scale, soft_cap, temperature), chunk, "none")[0]
+    return everything(features, table, targets, mask, Head(scale, soft_cap, temperature, chunk, mesh)).logprobs
 
 
 def entropies(
     features: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
+    table: Table,
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    scale: float = 1.0,
-    soft_cap: float | None = None,
     temperature: float = 1.0,
-    chunk: int | None = None,
     learned: bool = True,
+    **head: Any,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probabilities, and the entropy -sum_v p_v log p_v of each position's whole distribution, in one pass.
 
     Args:
-      features, table, targets, mask, scale, soft_cap, temperature, chunk: as for `logprobs`.
+      features, table, targets, mask, temperature: as for `logprobs`.
       learned: whether the entropy has a gradient. For a bonus in the loss it must; where it is only shown, the backward
         pass is as cheap without as that of `logprobs`.
+      head: scale, soft_cap, chunk and mesh of `logprobs`.
 
     Returns:
       (log-probabilities, entropies), float32 in nats; 0 for tokens outside of `mask`. An entropy is never below 0.
@@ -117,127 +128,147 @@ def entropies(
       >>> [round(float(x), 3) for x in entropy[0]]  # one of five, all equally likely: log 5
       [1.609, 1.609, 0.0]
     """
-    kind = "learned" if learned else "seen"
-    lp, entropy = _ordered(features, table, targets, mask, (scale, soft_cap, temperature), chunk, kind)
-    return lp, entropy if learned else jax.lax.stop_gradient(entropy)
+    want = frozenset({"entropy", "learned"} if learned else {"entropy"})
+    found = everything(features, table, targets, mask, Head(temperature=temperature, **head), want)
+    return found.logprobs, found.entropy
 
 
-Entropy = Literal["none", "seen", "learned"]  # not computed, without a gradient, with one
+def top1(
+    features: Float[Array, "B T D"],
+    table: Table,
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    **head: Any,
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """Log-probabilities, and the token that is the most likely at each position, in one pass.
 
+    Args:
+      features, table, targets, mask: as for `logprobs`.
+      head: scale, soft_cap, chunk and mesh of `logprobs`.
 
-def _ordered(features, table, targets, mask, bent, chunk, entropy):
-    """The log-probabilities, and the entropies or None, of rows that are compacted and put back."""
-    if bent[-1] <= 0:
-        raise ValueError(f"temperature is {bent[-1]}; scores are divided by it, so it must be above 0")
-    rows = compact(mask, chunk)
-    # Along the row, so that rows which lie on different devices stay there.
-    features = jnp.take_along_axis(features, rows.order[..., None], axis=1)
-    targets = jnp.take_along_axis(targets, rows.order, axis=1)
-    found: Any = _compact(features, table, targets, rows.counts, Head(rows.width, *bent), entropy)
-    return jax.tree.map(lambda x: jnp.take_along_axis(x, rows.back, axis=1), found)
+    Returns:
+      (log-probabilities, tokens): of tokens as likely the first one; 0 outside of `mask`.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _compact(features, table, targets, mask, head, entropy):
-    return _forward(features, table, targets, mask, head, entropy, grad=False)[:2]
-
-
-class Softmax(NamedTuple):
-    """The distributions of a chunk's tokens."""
-
-    shifted: Float[Array, "B t V"]  # scores below the highest
-    weights: Float[Array, "B t V"]  # their exponentials
-    total: Float[Array, "B t 1"]  # of the weights, at least 1
-    hit: Bool[Array, "B t V"]  # the target
-    slope: Array | float  # d scores / d products
-
-    @property
-    def logprobs(self) -> Float[Array, "B t"]:
-        return jnp.where(self.hit, self.shifted, 0).sum(axis=-1) - jnp.log(self.total[..., 0])
-
-    @property
-    def entropies(self) -> Float[Array, "B t"]:
-        """log total - sum_v p_v shifted_v: two terms of which neither is below 0."""
-        return jnp.log(self.total[..., 0]) - (self.weights * self.shifted).sum(axis=-1) / self.total[..., 0]
-
-
-def _softmax(features, table, targets, head):
-    logits, slope = scores(features, table, head)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp(shifted)
-    # A comparison instead of a gather: it fuses, and a table cut over the vocabulary stays cut.
-    hit = jnp.arange(table.shape[0]) == targets[..., None]
-    return Softmax(shifted, weights, weights.sum(axis=-1, keepdims=True), hit, slope)
-
-
-def _pull(softmax, of_lp=1.0, of_entropy=None):
-    """What cotangents of lp and entropy make of the products.
-
-    d lp / d scores = one-hot(target) - p;  d entropy / d scores = -p (log p + entropy)
+    Example:
+      >>> features, table = jnp.ones((1, 2, 1)), jnp.array([[0.0], [2.0], [1.0]])
+      >>> top1(features, table, jnp.array([[1, 2]]), jnp.array([[True, True]]))[1].tolist()
+      [[1, 1]]
     """
-    p = softmax.weights / softmax.total
-    pull = of_lp * (jnp.where(softmax.hit, 1.0, 0.0) - p)
-    if of_entropy is not None:
-        surprise = softmax.shifted - jnp.log(softmax.total) + softmax.entropies[..., None]
-        pull -= of_entropy * p * surprise
-    return pull * softmax.slope
+    found = everything(features, table, targets, mask, Head(**head), frozenset({"top1"}))
+    return found.logprobs, found.top1
 
 
-def _forward(features, table, targets, mask, head, entropy, grad):
-    def step(carry, take):
-        counts = take(mask)
-        f = jnp.where(counts[..., None], take(features), 0)  # whatever a masked token holds
-        softmax = _softmax(f, table, take(targets), head)
-        lp = jnp.where(counts, softmax.logprobs, 0.0)
-        spread = None if entropy == "none" else jnp.where(counts, softmax.entropies, 0.0)
-        if not grad:
-            return carry, (lp, spread, None)
-        pull = jnp.einsum("btv,vd->btd", _pull(softmax).astype(f.dtype), table.astype(f.dtype))
-        return carry, (lp, spread, jnp.where(counts[..., None], pull, 0))
+def everything(
+    features: Float[Array, "B T D"],
+    table: Table,
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    head: Head,
+    want: frozenset[str] = frozenset(),
+) -> Found:
+    """The one operation: log-probabilities, and what else is in `want`, of the fields of `Found`; 0 outside of `mask`.
 
-    return chunks(step, (), mask, head.width)[1]
+    With "learned" the entropy has a gradient, too; nothing else but the log-probabilities has one.
+    """
+    if head.temperature <= 0:
+        raise ValueError(f"temperature is {head.temperature}; scores are divided by it, so it must be above 0")
+    chunk = head.chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
+    found: Any = _operation(features, table, targets, mask, head._replace(chunk=chunk), want)
+    seen = jax.lax.stop_gradient(found)
+    return seen._replace(logprobs=found.logprobs, entropy=found.entropy if "learned" in want else seen.entropy)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _operation(features, table, targets, mask, head: Head, want: frozenset[str]) -> Found:
+    return _forward(features, table, targets, mask, head, want, "nothing")[0]
 
 
 class Again(NamedTuple):
     """What the backward pass needs to compute the softmax again."""
 
-    features: Float[Array, "B Tc D"]
-    table: Float[Array, "V D"]
-    targets: Int[Array, "B Tc"]
-    mask: Bool[Array, "B Tc"]
+    features: Float[Array, "B T D"]
+    table: Table
+    targets: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logsumexp: Float[Array, "B T"]
+    entropy: Float[Array, "B T"] | None
     trains: tuple | None  # (): the table does. A structure, since a value would be traced
 
 
-def _vjp_forward(features, table, targets, mask, head, entropy):
-    trains = table.perturbed  # decided while tracing: a frozen table needs nothing kept but the pull
-    given = features.value, table.value, targets.value, mask.value
-    if trains or entropy == "learned":
-        found = _forward(*given, head, entropy, grad=False)
-        return found[:2], Again(*given, trains=() if trains else None)
-    *found, pull = _forward(*given, head, entropy, grad=True)
-    return tuple(found), pull
+def _vjp_forward(features, table, targets, mask, head: Head, want):
+    given = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_is_given)
+    trains = _is_given(table) and table.perturbed  # decided while tracing: a frozen table needs nothing but the pull
+    if trains or "learned" in want:
+        found, logsumexp = _forward(*given, head, want, "logsumexp")
+        return found, Again(*given, logsumexp, found.entropy, trains=() if trains else None)
+    return _forward(*given, head, want, "pull")
 
 
-def _vjp_backward(head, entropy, kept, cotangents):
-    zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
-    of_lp, of_entropy = (jnp.zeros(g.shape, jnp.float32) if zero(g) else g for g in cotangents)
+def _vjp_backward(head: Head, want, kept, cotangents: Found):
+    zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
+    given = lambda x: jnp.zeros(x.shape, jnp.float32) if zero(x) else x
     if not isinstance(kept, Again):
-        return (of_lp[..., None] * kept).astype(kept.dtype), None, None, None
-    features, table, targets, mask, trains = kept
-    given = [of_lp] if entropy != "learned" else [of_lp, of_entropy]
-    given = [jnp.where(mask, g, 0.0) for g in given]
-
-    def step(grad_table, take):
-        f = jnp.where(take(mask)[..., None], take(features), 0)
-        softmax = _softmax(f, table, take(targets), head)
-        pull = _pull(softmax, *(take(g)[..., None] for g in given)).astype(f.dtype)
-        if trains is not None:
-            grad_table += jnp.einsum("btv,btd->vd", pull, f, preferred_element_type=jnp.float32)
-        return grad_table, jnp.einsum("btv,vd->btd", pull, table.astype(f.dtype))
-
-    start = None if trains is None else jnp.zeros(table.shape, jnp.float32)
-    grad_table, grad_features = chunks(step, start, mask, head.width)
-    return grad_features, None if trains is None else grad_table.astype(table.dtype), None, None
+        return (given(cotangents.logprobs)[..., None] * kept).astype(kept.dtype), None, None, None
+    of_entropy = given(cotangents.entropy) if "learned" in want else None
+    token = Token(kept.features, kept.targets, kept.logsumexp, given(cotangents.logprobs), kept.entropy, of_entropy)
+    return *_backward(token, kept.mask, kept.table, head, trains=kept.trains is not None), None, None
 
 
-_compact.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
+_operation.__wrapped__.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
+
+
+def _is_given(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _forward(features, table, targets, mask, head: Head, want, keep: str) -> tuple[Found, Any]:
+    """What is wanted, and what is to be kept: "nothing", the "logsumexp", or the "pull" on the features."""
+    where = shards(head.mesh, mask.shape, vocabulary(table))
+
+    def local(features, targets, mask, table):
+        rows, offset = compact(mask.ravel(), head.chunk.tokens), where.offset(table)
+        flat = lambda x: x.reshape(mask.size, *x.shape[2:])
+        features, targets, shape = flat(features), flat(targets) - offset, mask.shape
+
+        def step(carry, start):
+            y = rows.take(targets, start)
+            seen = softmax.look(rows.take(features, start), y, table, head, want, mix=keep == "pull")
+            if keep == "pull" and not where.tensor:
+                seen = seen._replace(mixed=softmax.pull(seen, y, table, head).astype(features.dtype))
+            return carry, seen
+
+        seen = over_tokens(step, (), rows)[1]
+        if where.tensor:
+            seen = softmax.together(seen, where.tensor, offset)
+            if keep == "pull":
+                share = softmax.pull(seen, targets[rows.order], table, head).astype(features.dtype)
+                seen = seen._replace(mixed=jax.lax.psum(share, where.tensor))
+        kept = {"nothing": None, "logsumexp": seen.logsumexp, "pull": seen.mixed}[keep]
+        return jax.tree.map(lambda x: rows.back(x).reshape(*shape, *x.shape[1:]), (seen.found(), kept))
+
+    return where.run(local, (features, targets, mask), table, where.tokens)
+
+
+def _backward(token: Token, mask, table, head: Head, trains: bool):
+    where = shards(head.mesh, mask.shape, vocabulary(table))
+
+    def local(token: Token, mask, table):
+        rows, offset = compact(mask.ravel(), head.chunk.tokens), where.offset(table)
+        flat = jax.tree.map(lambda x: x.reshape(mask.size, *x.shape[2:]), token)
+        flat = flat._replace(target=flat.target - offset)
+
+        def step(grad_table, start):
+            part = jax.tree.map(lambda x: rows.take(x, start), flat)
+            grad_table, grad_features = softmax.pull_again(grad_table, part, table, head)
+            return grad_table, grad_features if where.tensor else grad_features.astype(token.features.dtype)
+
+        start = jnp.zeros(table.shape, jnp.float32) if trains else None
+        grad_table, grad_features = over_tokens(step, start, rows)
+        if where.tensor:
+            grad_features = jax.lax.psum(grad_features.astype(token.features.dtype), where.tensor)
+        grad_features = rows.back(grad_features).reshape(token.features.shape)
+        return grad_features, where.summed(grad_table).astype(table.dtype) if trains else None
+
+    out = where.tokens, PartitionSpec(where.tensor, where.split(table.shape[1])) if trains else None
+    return where.run(local, (token, mask), table, out)

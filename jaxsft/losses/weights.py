@@ -5,11 +5,14 @@ by the probability of both answers, each token's relative to what the policy wou
 counts less of what a longer answer says beyond the length of the shorter one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsft.losses.chunks import Head, chunks, compact, scores
+from jaxsft.losses.chunks import Head, Table
+from jaxsft.losses.logprobs import everything
 
 
 def wpo(logprobs: Float[Array, "*N"], collisions: Float[Array, "*N"], count: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -31,13 +34,7 @@ def wpo(logprobs: Float[Array, "*N"], collisions: Float[Array, "*N"], count: Flo
 
 
 def collision(
-    features: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
-    mask: Bool[Array, "B T"],
-    *,
-    scale: float = 1.0,
-    soft_cap: float | None = None,
-    chunk: int | None = None,
+    features: Float[Array, "B T D"], table: Table, mask: Bool[Array, "B T"], **head: Any
 ) -> Float[Array, "B T"]:
     """log sum_v p_v^2, how likely two draws are to agree, float32, for the tokens in `mask`; 0 for the others.
 
@@ -49,19 +46,9 @@ def collision(
       >>> [round(float(x), 3) for x in found[0]]  # five, all equally likely: log 1/5
       [-1.609, -1.609, 0.0]
     """
+    nothing = jnp.zeros(mask.shape, jnp.int32)
     features, table = jax.lax.stop_gradient((features, table))
-    rows = compact(mask, chunk)
-    features = jnp.take_along_axis(features, rows.order[..., None], axis=1)
-    head = Head(rows.width, scale, soft_cap)
-
-    def step(carry, take):
-        counts = take(rows.counts)
-        logits, _ = scores(jnp.where(counts[..., None], take(features), 0), table, head)
-        found = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
-        return carry, jnp.where(counts, found, 0.0)
-
-    found = chunks(step, (), rows.counts, rows.width)[1]
-    return jnp.take_along_axis(found, rows.back, axis=1)
+    return everything(features, table, nothing, mask, Head(**head), frozenset({"collision"})).collision
 
 
 def ld_weights(index: Int[Array, "*N"], shortest: Int[Array, "*N"], alpha: float) -> Float[Array, "*N"]:

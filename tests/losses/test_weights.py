@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft.losses import collision, ld_weights, logprobs, wpo
+from jaxsft.losses import Chunk, collision, ld_weights, logprobs, wpo
 
 B, T, D, V = 3, 7, 5, 11
 MASKS = [
@@ -20,14 +20,14 @@ def arrays():
 
 
 @pytest.mark.parametrize(("scale", "soft_cap"), [(1.0, None), (0.3, 2.0)])
-@pytest.mark.parametrize("chunk", [1, 6, 1000])
+@pytest.mark.parametrize("chunk", [(1, 3), (6, 4), (1000, 1000)])
 def test_collision_is_the_log_of_the_sum_of_squared_probabilities(chunk, scale, soft_cap, arrays):
     features, table = arrays
     logits = scale * features.astype(np.float64) @ table.T
     logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
     p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     for mask in MASKS:
-        found = collision(features, table, jnp.asarray(mask), scale=scale, soft_cap=soft_cap, chunk=chunk)
+        found = collision(features, table, jnp.asarray(mask), scale=scale, soft_cap=soft_cap, chunk=Chunk(*chunk))
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, np.where(mask, np.log((p**2).sum(axis=-1)), 0), atol=2e-6)
 
@@ -48,7 +48,7 @@ def test_no_buffer_of_collision_grows_with_tokens_times_vocabulary():
     def temporary(length):
         shapes = [((2, length, 8), jnp.float32), ((vocabulary, 8), jnp.float32), ((2, length), jnp.bool_)]
         given = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-        compiled = jax.jit(lambda *given: collision(*given, chunk=32)).lower(*given).compile()
+        compiled = jax.jit(lambda *given: collision(*given, chunk=Chunk(32, 4096))).lower(*given).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary(256), temporary(1024)
