@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsft import axes, hub, losses, optim, report, sample, sharding, train, tree, tuning
+from jaxsft.losses import Chunk
 from jaxsft.models import Model, ModelConfig, VisionConfig
 from jaxsft.objectives import Objective, Pairwise, critic, policy
 from jaxsft.tree import Tree
@@ -44,7 +45,7 @@ class Sections(NamedTuple):
 class Work(NamedTuple):
     """What a run computes, without its model."""
 
-    objective: Callable[[Model, int | None], tuple[Objective, train.Prepare | None]]  # (model, chunk) -> for make_step
+    objective: Callable[[Model, Chunk | None], tuple[Objective, train.Prepare | None]]  # for make_step
     batch: Callable[
         [Callable[..., Any]], Any
     ]  # rows -> a batch; rows(dtype) is [B, T], rows(dtype, *axes) is [B, *axes]
@@ -241,18 +242,22 @@ def measure(work: Work, sections: Sections) -> Need:
     weights, moments, tokens = bytes_of((trainable, frozen)), bytes_of(state.opt_state), bytes_of(batch)
     extra = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     at_once = chunk or (losses.CHUNK_CPU if on_cpu else losses.CHUNK)
-    # Scores are cut as the batch and the vocabulary are.
-    shards = mesh.size
     return Need(
         weights,
         moments,
         tokens,
         max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shards,
-        4 * _width(model.config) * min(at_once, count * s.length) // shards,
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size,
+        _scores(at_once, count * s.length, _width(model.config), mesh),
         tuning.count(trainable, frozen),
         tree.count(trainable),
     )
+
+
+def _scores(chunk: Chunk, tokens: int, width: int, mesh: Mesh) -> int:
+    """Bytes of the scores that exist at one time on a device: of its tokens, for its rows of the output layer."""
+    own = tokens // (axes.rows(mesh) * mesh.shape[axes.CONTEXT])
+    return 4 * min(chunk.tokens, own) * min(chunk.vocabulary, width // mesh.shape[axes.TENSOR])
 
 
 def _width(config: ModelConfig) -> int:

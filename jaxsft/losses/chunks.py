@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
 
 
 CHUNK_CPU, CHUNK = (
-    Chunk(256, 8192),
+    Chunk(512, 8192),
     Chunk(4096, 16_384),
 )  # a CPU's cache likes few, other devices few and large products
 LOWEST = float(jnp.finfo(jnp.float32).min) / 2  # below all scores, and finite: times 0 it is 0
@@ -40,6 +40,10 @@ class Head(NamedTuple):
     temperature: float = 1.0
     chunk: Chunk | None = None  # by default what suits the backend
     mesh: Mesh | None = None
+
+    @property
+    def block(self) -> Chunk:
+        return self.chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
 
     def scores(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
         scores = products if self.scale == 1 else products * self.scale

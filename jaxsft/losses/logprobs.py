@@ -24,7 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft.losses import softmax
-from jaxsft.losses.chunks import CHUNK, CHUNK_CPU, Chunk, Head, Table, compact, over_tokens, vocabulary
+from jaxsft.losses.chunks import Chunk, Head, Table, compact, over_tokens, vocabulary
 from jaxsft.losses.shards import shards
 from jaxsft.losses.softmax import Found, Token
 
@@ -172,13 +172,12 @@ def everything(
     """
     if head.temperature <= 0:
         raise ValueError(f"temperature is {head.temperature}; scores are divided by it, so it must be above 0")
-    chunk = head.chunk or (CHUNK_CPU if jax.default_backend() == "cpu" else CHUNK)
-    found: Any = _operation(features, table, targets, mask, head._replace(chunk=chunk), want)
+    operation = jax.jit(_operation, static_argnums=(4, 5))  # a mesh needs it where the caller has no jit
+    found: Any = operation(features, table, targets, mask, head, want)
     seen = jax.lax.stop_gradient(found)
     return seen._replace(logprobs=found.logprobs, entropy=found.entropy if "learned" in want else seen.entropy)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _operation(features, table, targets, mask, head: Head, want: frozenset[str]) -> Found:
     return _forward(features, table, targets, mask, head, want, "nothing")[0]
@@ -197,11 +196,13 @@ class Again(NamedTuple):
 
 
 def _vjp_forward(features, table, targets, mask, head: Head, want):
-    given = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_is_given)
+    given: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_is_given)
     trains = _is_given(table) and table.perturbed  # decided while tracing: a frozen table needs nothing but the pull
     if trains or "learned" in want:
         found, logsumexp = _forward(*given, head, want, "logsumexp")
-        return found, Again(*given, logsumexp, found.entropy, trains=() if trains else None)
+        entropy = found.entropy if "learned" in want else None
+        features, table, targets, mask = given
+        return found, Again(features, table, targets, mask, logsumexp, entropy, trains=() if trains else None)
     return _forward(*given, head, want, "pull")
 
 
@@ -215,7 +216,7 @@ def _vjp_backward(head: Head, want, kept, cotangents: Found):
     return *_backward(token, kept.mask, kept.table, head, trains=kept.trains is not None), None, None
 
 
-_operation.__wrapped__.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
+_operation.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
 def _is_given(x: Any) -> bool:
@@ -227,7 +228,7 @@ def _forward(features, table, targets, mask, head: Head, want, keep: str) -> tup
     where = shards(head.mesh, mask.shape, vocabulary(table))
 
     def local(features, targets, mask, table):
-        rows, offset = compact(mask.ravel(), head.chunk.tokens), where.offset(table)
+        rows, offset = compact(mask.ravel(), head.block.tokens), where.offset(table)
         flat = lambda x: x.reshape(mask.size, *x.shape[2:])
         features, targets, shape = flat(features), flat(targets) - offset, mask.shape
 
@@ -254,7 +255,7 @@ def _backward(token: Token, mask, table, head: Head, trains: bool):
     where = shards(head.mesh, mask.shape, vocabulary(table))
 
     def local(token: Token, mask, table):
-        rows, offset = compact(mask.ravel(), head.chunk.tokens), where.offset(table)
+        rows, offset = compact(mask.ravel(), head.block.tokens), where.offset(table)
         flat = jax.tree.map(lambda x: x.reshape(mask.size, *x.shape[2:]), token)
         flat = flat._replace(target=flat.target - offset)
 

@@ -1,16 +1,14 @@
 """Where tokens and output table lie on a mesh, and a function that each device runs over what it has of them."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
+from jaxsft import axes
 from jaxsft.losses.chunks import Table, vocabulary
-
-TENSOR, CONTEXT, FSDP = "tensor", "context", "fsdp"
 
 
 class Shards(NamedTuple):
@@ -32,7 +30,7 @@ class Shards(NamedTuple):
             return {name: PartitionSpec(*[None] * (x.ndim - 1), self.tensor) for name, x in table.items()}
         return PartitionSpec(self.tensor, None)
 
-    def offset(self, table: Table) -> Int[Array, ""] | int:
+    def offset(self, table: Table) -> Any:
         """On a device, the number of its first row of the vocabulary."""
         return jax.lax.axis_index(self.tensor) * vocabulary(table) if self.tensor else 0
 
@@ -46,19 +44,15 @@ class Shards(NamedTuple):
 
     def summed(self, x: Array) -> Array:
         """The sum over the devices that have other tokens; what `fsdp` cuts of the last dimension stays cut."""
-        axes = (*self.rows, *([self.context] if self.context else []))
+        over = [*self.rows, *([self.context] if self.context else [])]
         if self.split(x.shape[-1]):
-            x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=x.ndim - 1, tiled=True)
-            axes = tuple(axis for axis in axes if axis != FSDP)
-        return jax.lax.psum(x, axes) if axes else x
+            x = jax.lax.psum_scatter(x, axes.FSDP, scatter_dimension=x.ndim - 1, tiled=True)
+            over.remove(axes.FSDP)
+        return jax.lax.psum(x, tuple(over)) if over else x
 
     def split(self, width: int) -> str | None:
         """The axis that cuts the last dimension of what `summed` gives."""
-        return (
-            FSDP
-            if self.mesh and FSDP in self.rows and self.mesh.shape[FSDP] > 1 and width % self.mesh.shape[FSDP] == 0
-            else None
-        )
+        return axes.FSDP if self.mesh and axes.FSDP in self.rows and _cuts(self.mesh, axes.FSDP, width) else None
 
 
 def shards(mesh: Mesh | None, shape: tuple[int, int], size: int) -> Shards:
@@ -66,11 +60,13 @@ def shards(mesh: Mesh | None, shape: tuple[int, int], size: int) -> Shards:
     if mesh is None or mesh.size == 1:
         return Shards(None)
     B, T = shape
-    rows = tuple(axis for axis in mesh.axis_names if axis not in (CONTEXT, TENSOR))
-    divides = lambda axis, n: axis in mesh.shape and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0
     return Shards(
         mesh,
-        rows if B % math.prod(mesh.shape[axis] for axis in rows) == 0 else (),
-        CONTEXT if divides(CONTEXT, T) else None,
-        TENSOR if divides(TENSOR, size) else None,
+        axes.ROWS if B % axes.rows(mesh) == 0 else (),
+        axes.CONTEXT if _cuts(mesh, axes.CONTEXT, T) else None,
+        axes.TENSOR if _cuts(mesh, axes.TENSOR, size) else None,
     )
+
+
+def _cuts(mesh: Mesh, axis: str, size: int) -> bool:
+    return mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0

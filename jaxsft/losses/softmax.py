@@ -99,7 +99,7 @@ def look(f, targets, table, head: Head, want: Want, mix: bool) -> Seen:
         zeros.astype(jnp.int32) if "top1" in want else None,
         jnp.zeros(f.shape, jnp.float32) if mix else None,
     )
-    return over_vocabulary(step, start, table, head.chunk.vocabulary, f.dtype)
+    return over_vocabulary(step, start, table, head.block.vocabulary, f.dtype)
 
 
 def _scores(f: Float[Array, "t D"], block: Block, head: Head) -> tuple[Float[Array, "t v"], Array | float]:
@@ -180,4 +180,4 @@ def pull_again(
         return grad_table, grad_features + _back(moved, block, f.dtype)
 
     start = grad_table, jnp.zeros(f.shape, jnp.float32)
-    return over_vocabulary(step, start, table, head.chunk.vocabulary, f.dtype)
+    return over_vocabulary(step, start, table, head.block.vocabulary, f.dtype)

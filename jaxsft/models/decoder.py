@@ -256,4 +256,4 @@ def build(
         return Cache(jnp.zeros((*outer, H, slots), dtype), jnp.zeros((*outer, slots, H), dtype))
 
     said = describe(kernel, mesh)
-    return Model(config, functools.partial(_init, config), features, learn, output, read, extend, empty, said)
+    return Model(config, functools.partial(_init, config), features, learn, output, read, extend, empty, said, mesh)

@@ -247,4 +247,4 @@ def build(
         return features(*args, **more), jnp.float32(0)
 
     init, none = functools.partial(_init, config), _no_cache
-    return Model(config, init, features, learn, output, none, none, none, describe(kernel, mesh))
+    return Model(config, init, features, learn, output, none, none, none, describe(kernel, mesh), mesh)

@@ -51,6 +51,7 @@ class Model(NamedTuple):
     extend: Callable[..., tuple[Float[Array, "B T D"], Cache]]  # (variables, tokens, positions, cache), see `write`
     cache: Callable[[int, int], Cache]  # (rows, slots) -> empty
     attention: str = ""  # what computes it, for people
+    mesh: Mesh | None = None  # where it runs
 
 
 def write(

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft import losses, sharding, tree
+from jaxsft.losses import Chunk
 from jaxsft.models import Model, scores
+from jaxsft.objectives.language import head_of
 from jaxsft.objectives.pairs import reference as reference_variables
 from jaxsft.tree import Tree
 from jaxsft.types import Key, Rollouts, Tokens
@@ -101,7 +103,7 @@ def read(
     *,
     temperature: float = 1.0,
     learned_entropy: bool = False,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> Read:
     """Runs a policy over episodes.
 
@@ -115,7 +117,6 @@ def read(
     """
     targets, learned = losses.shift(batch.tokens, batch.mask, batch.segments)
     features, balance = model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
-    bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
     lp, entropy = losses.entropies(
         features,
         model.output(variables),
@@ -123,7 +124,7 @@ def read(
         learned,
         temperature=temperature or 1.0,
         learned=learned_entropy,
-        **bent,
+        **head_of(model, chunk),
     )
     return Read(lp, entropy, learned, features, balance)
 
@@ -151,7 +152,7 @@ def assess(
     old: bool = True,
     judge: Model | None = None,
     pieces: int = 1,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> Assessed:
     """Asks the policy, and who else there is, about all episodes of a rollout, a piece of them at a time.
 

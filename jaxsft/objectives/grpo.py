@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft import losses
+from jaxsft.losses import Chunk
 from jaxsft.models import Model
 from jaxsft.objectives.episodes import Judged, assess, each, rewarded, spread
 from jaxsft.objectives.ppo import heard, rollouts, told
@@ -119,7 +120,7 @@ def scoring(
     judge: Model | None = None,
     judge_weight: float = 0.0,
     pieces: int = 1,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ):
     """Makes the function that turns groups of episodes and their rewards into `Rollouts`.
 

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxsft import losses
-from jaxsft.losses import ScoredAnswers
+from jaxsft.losses import Chunk, ScoredAnswers
 from jaxsft.models import Model
 from jaxsft.objectives.language import expect
 from jaxsft.objectives.pairs import (
@@ -26,7 +26,7 @@ from jaxsft.types import Key, Pairs
 
 
 def judged(
-    model: Model, loss: str, *, reference: Reference = "live", chunk: int | None = None, **options: Any
+    model: Model, loss: str, *, reference: Reference = "live", chunk: Chunk | None = None, **options: Any
 ) -> Pairwise:
     """Losses over answers that are wanted or not, see `losses.UNPAIRED`.
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxsft import losses
+from jaxsft.losses import Chunk
 from jaxsft.models import EncoderConfig, Model, ModelConfig
 from jaxsft.types import Key, Sums, Tokens
 
@@ -55,12 +56,24 @@ def expect(objective: Literal["causal", "masked", "score"], config: ModelConfig,
         )
 
 
-def supervised(model: Model, *, chunk: int | None = None) -> Objective:
+def head_of(model: Model, chunk: Chunk | None = None) -> dict[str, Any]:
+    """How and where a model makes scores of its features: the keywords of `losses.logprobs`.
+
+    Example:
+      >>> import jaxsft
+      >>> head_of(jaxsft.load(jaxsft.BASE)[0])["soft_cap"] is None
+      True
+    """
+    scale, soft_cap = model.config.logit_scale, model.config.logit_soft_cap
+    return {"scale": scale, "soft_cap": soft_cap, "chunk": chunk, "mesh": model.mesh}
+
+
+def supervised(model: Model, *, chunk: Chunk | None = None) -> Objective:
     """Next-token prediction of the learned tokens: SFT, and pre-training where every token is learned.
 
     Args:
       model: from `hub.load` or `models.build`.
-      chunk: tokens whose scores exist at one time, see `losses.logprobs`.
+      chunk: how many scores exist at one time, see `losses.logprobs`.
 
     Returns:
       (variables, Tokens, key) -> Sums: the summed negative log-likelihood in nats, and the number of tokens it is over.
@@ -84,8 +97,7 @@ def supervised(model: Model, *, chunk: int | None = None) -> Objective:
     def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
         targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)
         features, crowding = model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
-        bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
-        lp = losses.logprobs(features, model.output(variables), targets, mask, **bent)
+        lp = losses.logprobs(features, model.output(variables), targets, mask, **head_of(model, chunk))
         loss, weight, moe = losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), model.config.moe
         if key is None or moe is None:
             return Sums(loss, weight, {})

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxsft import losses
+from jaxsft.losses import Chunk
 from jaxsft.models import Model
-from jaxsft.objectives.language import Objective, expect
+from jaxsft.objectives.language import Objective, expect, head_of
 from jaxsft.types import Key, Sums, Tokens
 
 
@@ -21,7 +22,7 @@ def masked(
     ordinary: Int[np.ndarray, "K"],
     continues: Bool[np.ndarray, "V"] | None = None,
     rate: float = 0.15,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> Objective:
     """Prediction of masked tokens from both sides, each where it stands; see `losses.mask_tokens`.
 
@@ -71,7 +72,7 @@ def masked(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_mask, _sum(batch.tokens))
         corrupted, chosen = jax.vmap(mask)(keys, batch.tokens, candidates)
         features = model.features(variables, corrupted, batch.positions, batch.segments, dropout=dropout)
-        lp = losses.logprobs(features, model.output(variables), batch.tokens, chosen, chunk=chunk)
+        lp = losses.logprobs(features, model.output(variables), batch.tokens, chosen, **head_of(model, chunk))
         return Sums(losses.sft(lp, chosen).sum(), chosen.sum().astype(jnp.float32), {})
 
     return objective

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft import losses, tree
+from jaxsft.losses import Chunk
 from jaxsft.models import Model
 from jaxsft.models.moe import MoE
-from jaxsft.objectives.language import Objective
+from jaxsft.objectives.language import Objective, head_of
 from jaxsft.types import Key, Mean, Metrics, Pairs, Sums, reads
 
 Reference = Literal["live", "precomputed"]  # does it run in every step, or come with the batch?
@@ -93,7 +94,7 @@ class Read(NamedTuple):
     balance: Float[Array, ""]  # see `moe.balance`
 
 
-def read(model: Model, variables: Mapping, batch: Pairs, key: Key | None, chunk: int | None = None) -> Read:
+def read(model: Model, variables: Mapping, batch: Pairs, key: Key | None, chunk: Chunk | None = None) -> Read:
     """Runs a language model over packed pairs.
 
     Args:
@@ -104,8 +105,7 @@ def read(model: Model, variables: Mapping, batch: Pairs, key: Key | None, chunk:
     """
     targets, learned = losses.shift(batch.tokens, batch.mask, batch.segments)
     features, balance = run(model, variables, batch, key)
-    bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
-    lp = losses.logprobs(features, model.output(variables), targets, learned, **bent)
+    lp = losses.logprobs(features, model.output(variables), targets, learned, **head_of(model, chunk))
     return Read(features, lp, learned, balance)
 
 
@@ -174,7 +174,7 @@ def reference(variables: Mapping) -> dict:
     return jax.lax.stop_gradient({"params": params} | packed)
 
 
-def reference_logprobs(model: Model, variables: Mapping, batch: Pairs, chunk: int | None) -> Float[Array, "B T"]:
+def reference_logprobs(model: Model, variables: Mapping, batch: Pairs, chunk: Chunk | None) -> Float[Array, "B T"]:
     """Log-probabilities of the answers' tokens under the reference."""
     return read(model, reference(variables), batch, None, chunk).logprobs
 

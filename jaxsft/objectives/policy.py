@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft import losses
+from jaxsft.losses import Chunk
 from jaxsft.models import Model
 from jaxsft.objectives.episodes import policy_of, read, values
 from jaxsft.objectives.language import Objective, expect
@@ -24,7 +25,7 @@ def policy(
     entropy_coef: float = 0.0,
     value_coef: float | None = None,
     value_clip: float | None = 0.2,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> Objective:
     """The losses of PPO, GRPO and their kin over `Rollouts`.
 

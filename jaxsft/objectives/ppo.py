@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft import losses
+from jaxsft.losses import Chunk
 from jaxsft.models import Model
 from jaxsft.objectives.episodes import Assessed, Judged, assess, mean, rewarded, spread
 from jaxsft.types import Rollouts, Tokens
@@ -67,7 +68,7 @@ def scoring(
     judge: Model | None = None,
     judge_weight: float = 0.0,
     pieces: int = 1,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ):
     """Makes the function that turns episodes and their rewards into `Rollouts`.
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsft import losses
-from jaxsft.losses import Scored
+from jaxsft.losses import Chunk, Scored
 from jaxsft.losses.scored import Losses
 from jaxsft.models import Model
 from jaxsft.objectives.judged import judged
-from jaxsft.objectives.language import expect
+from jaxsft.objectives.language import expect, head_of
 from jaxsft.objectives.pairs import (
     Each,
     Found,
@@ -89,7 +89,7 @@ def preference(
     reference: Reference = "live",
     ld_alpha: float | None = None,
     wpo: bool = False,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
     **options: Any,
 ) -> Pairwise:
     """Losses over pairs, see `losses.PREFERENCE`.
@@ -156,7 +156,7 @@ def _look(
     reference: Reference | None,
     ld_alpha: float | None,
     wpo: bool,
-    chunk: int | None,
+    chunk: Chunk | None,
 ) -> tuple[Scored, Each, Float[Array, ""]]:
     """What policy and reference say of each pair: for the loss, for people, and `moe.balance`."""
     policy, seen = read(model, variables, batch, key, chunk), {}
@@ -203,12 +203,13 @@ def _follow(found: Found, scored: Scored) -> Losses:
 
 
 def _wpo(model: Model, variables, policy: Read, counts, batch: Pairs, chunk) -> Float[Array, "B K"]:
-    bent = {"scale": model.config.logit_scale, "soft_cap": model.config.logit_soft_cap, "chunk": chunk}
-    met = losses.collision(policy.features, model.output(variables), policy.learned, **bent)
+    met = losses.collision(policy.features, model.output(variables), policy.learned, **head_of(model, chunk))
     return losses.wpo(answers(policy.logprobs, batch), answers(met, batch), counts).prod(axis=-1)
 
 
-def said(model: Model, *, ld_alpha: float | None = None, chunk: int | None = None) -> Callable[[Mapping, Pairs], Each]:
+def said(
+    model: Model, *, ld_alpha: float | None = None, chunk: Chunk | None = None
+) -> Callable[[Mapping, Pairs], Each]:
     """What a reference says of each pair, to be computed once: (variables, batch) -> {"chosen", "rejected"}."""
 
     def each(variables: Mapping, batch: Pairs) -> Each:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Array
 
 from jaxsft import losses
+from jaxsft.losses import Chunk
 from jaxsft.models import Model, scores
 from jaxsft.objectives.pairs import Each, Pairwise, Whole, ends, pairwise, run
 from jaxsft.types import Key
@@ -19,7 +20,7 @@ class Config:
     """weight of the square of two scores' sum, which keeps scores near 0; 0.01 is usual"""
 
 
-def bradley_terry(model: Model, *, center: float = 0.0, chunk: int | None = None) -> Pairwise:
+def bradley_terry(model: Model, *, center: float = 0.0, chunk: Chunk | None = None) -> Pairwise:
     """Bradley-Terry over pairs: each answer's score is that of its last token, whatever padding there is.
 
     Args:
