@@ -47,3 +47,14 @@ def test_ways_to_find_the_nearest_vectors_find_them(monkeypatch):
     texts = rag.texts(3, words=10)
     assert [len(text.split()) for text in texts] == [11] * 3
     assert len(set(texts)) == 3
+
+
+def test_the_sides_of_log_probabilities_do_the_same_work(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import logprobs
+
+    for table in logprobs.TABLES:
+        found = [side((16, 8, 40), table, 2, "cpu") for side in (logprobs.ours, logprobs.optax_whole)]
+        assert [len(turn["times"]) for turn in found] == [2, 2]
+        assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+        assert logprobs.summary(found)["fastest"] > 0

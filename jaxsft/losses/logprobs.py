@@ -1,8 +1,8 @@
 """Log-probabilities of tokens from features, without the [B, T, V] array of logits.
 
-Chunks of the tokens that count meet blocks of the output table one after the other, see chunks.py. Of the softmax a
-block leaves a running maximum and sums below it (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3). Products
-run in the dtype of the features with float32 accumulation, the softmax in float32. The gradient is written by hand:
+Chunks of the tokens that count meet blocks of the output table one after the other (chunks.py), and a block leaves of
+the softmax a maximum and sums (softmax.py). Products run in the dtype of the features with float32 accumulation, the
+softmax in float32. The gradient is written by hand:
 
     d lp / d f = W_y - sum_v p_v W_v    per token: formed in the forward pass, scaled in the backward pass
     d lp / d W needs the softmax again, and is only computed where the table trains
@@ -11,8 +11,9 @@ The sum is one more running sum, as attention has it over values, so a frozen ta
 whole distribution comes of the same pass. Where it is to have a gradient, too, the scores are made again for both: two
 gradients of every token would be kept otherwise.
 
-On a mesh each device has its own tokens and its own rows of the table, and compacts its own. What devices of `tensor`
-have seen of the same tokens is added up once, after all: three numbers a token, and the gradient to its features.
+On a mesh (shards.py) each device has its own tokens, of which it leaves out those that do not count, and its own rows
+of the table. What the devices of `tensor` have seen of the same tokens is added up once, after all: three numbers a
+token, and the gradient to its features.
 """
 
 import functools
@@ -196,14 +197,14 @@ class Again(NamedTuple):
 
 
 def _vjp_forward(features, table, targets, mask, head: Head, want):
-    given: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_is_given)
     trains = _is_given(table) and table.perturbed  # decided while tracing: a frozen table needs nothing but the pull
+    values: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_is_given)
+    features, table, targets, mask = values
     if trains or "learned" in want:
-        found, logsumexp = _forward(*given, head, want, "logsumexp")
+        found, logsumexp = _forward(features, table, targets, mask, head, want, "logsumexp")
         entropy = found.entropy if "learned" in want else None
-        features, table, targets, mask = given
         return found, Again(features, table, targets, mask, logsumexp, entropy, trains=() if trains else None)
-    return _forward(*given, head, want, "pull")
+    return _forward(features, table, targets, mask, head, want, "pull")
 
 
 def _vjp_backward(head: Head, want, kept, cotangents: Found):

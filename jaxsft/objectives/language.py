@@ -77,7 +77,8 @@ def supervised(model: Model, *, chunk: Chunk | None = None) -> Objective:
 
     Returns:
       (variables, Tokens, key) -> Sums: the summed negative log-likelihood in nats, and the number of tokens it is over.
-      In training (with a key) a mixture of experts adds `moe.balance` of the (micro)batch, times the coefficient
+      In evaluation (without a key) the metric accuracy is the share of tokens that the model finds the most likely.
+      In training a mixture of experts adds `moe.balance` of the (micro)batch, times the coefficient
       router_aux_loss_coef of its config.json, for each token.
 
     Raises:
@@ -97,9 +98,14 @@ def supervised(model: Model, *, chunk: Chunk | None = None) -> Objective:
     def objective(variables: Mapping, batch: Tokens, key: Key | None) -> Sums:
         targets, mask = losses.shift(batch.tokens, batch.mask, batch.segments)
         features, crowding = model.learn(variables, batch.tokens, batch.positions, batch.segments, dropout=key)
-        lp = losses.logprobs(features, model.output(variables), targets, mask, **head_of(model, chunk))
-        loss, weight, moe = losses.sft(lp, mask).sum(), mask.sum().astype(jnp.float32), model.config.moe
-        if key is None or moe is None:
+        given, weight, moe = (model.output(variables), targets, mask), mask.sum().astype(jnp.float32), model.config.moe
+        if key is None:
+            lp, best = losses.top1(features, *given, **head_of(model, chunk))
+            right = (mask & (best == targets)).sum().astype(jnp.float32)
+            return Sums(losses.sft(lp, mask).sum(), weight, {"accuracy": right})
+        lp = losses.logprobs(features, *given, **head_of(model, chunk))
+        loss = losses.sft(lp, mask).sum()
+        if moe is None:
             return Sums(loss, weight, {})
         return Sums(loss + moe.balance * crowding * weight, weight, {"balance": crowding * weight})
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import losses
+from jaxsft import losses, quant
 
 B, T, D, V = 3, 7, 5, 11
 MASKS = {
@@ -271,3 +271,39 @@ def test_a_temperature_that_nothing_can_be_divided_by_raises(temperature):
     for found in (losses.logprobs, losses.entropies):
         with pytest.raises(ValueError, match=f"temperature is {temperature}.*above 0"):
             found(features, table, targets, jnp.asarray(MASKS["all"]), temperature=temperature)
+
+
+CHUNK = losses.Chunk(6, 4)
+
+
+def test_the_most_likely_token_is_that_of_the_whole_array_and_the_first_of_several():
+    features, table, targets, _ = arrays()
+    table = table.at[9].set(table[2])  # in another block
+    mask = jnp.asarray(MASKS["an empty row"])
+    lp, best = losses.top1(features, table, targets, mask, chunk=CHUNK)
+    every = np.asarray(features) @ np.asarray(table).T
+    every[..., 9] = every[..., 2]
+    np.testing.assert_array_equal(best, np.where(mask, every.argmax(axis=-1), 0))
+    assert {2} <= set(np.asarray(best)[mask].tolist())
+    np.testing.assert_allclose(lp, reference(features, table, targets, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_packed_table_is_what_it_stands_for(dtype):
+    features, table, targets, weights = arrays(dtype)
+    mask, packed = jnp.asarray(MASKS["ragged"]), quant.pack(table.T, "int8")
+    given = {"mask": mask, "targets": targets, "chunk": CHUNK, "temperature": 0.7}
+
+    @jax.jit
+    def pulled(features, table):
+        total = lambda f: sum((x * weights).sum() for x in losses.entropies(f, table, **given))
+        alone = lambda f: (losses.logprobs(f, table, **given) * weights).sum()
+        return jax.value_and_grad(total)(features), jax.value_and_grad(alone)(features)
+
+    ours, theirs = pulled(features, packed), pulled(features, quant.unpack(packed).T)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *_full(ours, theirs))
+    assert float(jnp.abs(ours[1][1]).max()) > 1e-2
+
+
+def _full(*trees):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), trees)

@@ -1,0 +1,190 @@
+"""Log-probabilities of targets, and their gradients: jaxsft beside plain JAX and torch, the same work in the same run.
+
+    pip install -e ".[parity]" && python benchmarks/logprobs.py
+    python benchmarks/logprobs.py --device gpu --json found.json
+
+Forward, and the gradient to the features alone (a frozen output layer) or to the output layer as well. On a CPU 2,048
+tokens x 512 in float32, with vocabularies of 32,000 and 151,936; on a GPU 16,384 x 2,048 x 248,320 in bfloat16. Every
+token counts. The peers:
+
+    optax             softmax_cross_entropy_with_integer_labels of all logits, under jit
+    torch             cross_entropy of all logits in float32
+    torch in chunks   the same of 256 tokens (GPU: 1,024) at a time under torch.utils.checkpoint, as torchtune's
+
+Each side runs in a process of its own, so that the peak memory is its own; the sides take turns, and the median counts.
+The peak is what is needed beside the inputs, gradients included: on a CPU how far the process grew over the calls, on a
+GPU what XLA plans, and what torch's allocator gave out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Size = tuple[int, int, int]  # tokens, width, vocabulary
+SIZES: dict[str, list[Size]] = {
+    "cpu": [(2048, 512, 32_000), (2048, 512, 151_936)],
+    "gpu": [(16_384, 2048, 248_320)],
+}
+DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
+TABLES = ("frozen", "trained")
+CHUNKS = {"cpu": 256, "gpu": 1024}  # tokens of "torch in chunks"
+
+
+def resident() -> int:
+    """The most bytes that this process has had in memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def timed(call: Callable[[], object], calls: int, peak: Callable[[], int]) -> dict:
+    """Seconds of each call but the first, and how far memory grew in them."""
+    before, times = peak(), []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return {"first": times[0], "times": times[1:], "peak": peak() - before}
+
+
+def in_jax(loss: Callable, size: Size, table: str, calls: int, device: str) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    tokens, width, vocabulary = size
+    keys, dtype = jax.random.split(jax.random.key(0), 3), jnp.dtype(DTYPES[device])
+    features = jax.random.normal(keys[0], (1, tokens, width), dtype)
+    weights = 0.02 * jax.random.normal(keys[1], (vocabulary, width), dtype)
+    targets = jax.random.randint(keys[2], (1, tokens), 0, vocabulary)
+    which = 0 if table == "frozen" else (0, 1)
+    run = jax.jit(jax.value_and_grad(lambda f, w, y: loss(f, w, y).mean(), which))
+    run = run.lower(features, weights, targets).compile()
+    jax.block_until_ready((features, weights, targets))
+    found = timed(lambda: jax.block_until_ready(run(features, weights, targets)), calls, resident)
+    if device == "gpu":
+        plan = run.memory_analysis()
+        found["peak"] = plan.temp_size_in_bytes + plan.output_size_in_bytes
+    return found | {"loss": float(run(features, weights, targets)[0]), "on": jax.devices()[0].device_kind}
+
+
+def ours(*given) -> dict:
+    import jax.numpy as jnp
+
+    from jaxsft import losses
+
+    return in_jax(lambda f, w, y: -losses.logprobs(f, w, y, jnp.ones(y.shape, bool)), *given)
+
+
+def optax_whole(*given) -> dict:
+    import jax.numpy as jnp
+    import optax
+
+    def loss(f, w, y):
+        logits = jnp.einsum("btd,vd->btv", f, w, preferred_element_type=jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    return in_jax(loss, *given)
+
+
+def in_torch(loss: Callable, size: Size, table: str, calls: int, device: str) -> dict:
+    import torch
+
+    tokens, width, vocabulary = size
+    where = {"device": "cuda" if device == "gpu" else "cpu", "dtype": getattr(torch, DTYPES[device])}
+    torch.manual_seed(0)
+    features = torch.randn(tokens, width, **where).requires_grad_()
+    weights = (0.02 * torch.randn(vocabulary, width, **where)).requires_grad_(table == "trained")
+    targets = torch.randint(0, vocabulary, (tokens,), device=where["device"])
+
+    def call() -> float:
+        features.grad = weights.grad = None
+        value = loss(features, weights, targets) / tokens
+        value.backward()
+        return value.item()  # waits for the device
+
+    if device == "gpu":
+        torch.cuda.reset_peak_memory_stats()
+    found = timed(call, calls, resident if device == "cpu" else torch.cuda.max_memory_allocated)
+    return found | {"loss": call(), "on": torch.cuda.get_device_name() if device == "gpu" else "cpu"}
+
+
+def torch_whole(*given) -> dict:
+    from torch.nn.functional import cross_entropy
+
+    return in_torch(lambda f, w, y: cross_entropy((f @ w.T).float(), y, reduction="sum"), *given)
+
+
+def torch_chunks(*given) -> dict:
+    from torch.nn.functional import cross_entropy
+    from torch.utils.checkpoint import checkpoint
+
+    chunk = CHUNKS[given[-1]]
+    part = lambda f, w, y: cross_entropy((f @ w.T).float(), y, reduction="sum")
+    loss = lambda f, w, y: sum(
+        checkpoint(part, f[i : i + chunk], w, y[i : i + chunk], use_reentrant=False) for i in range(0, len(f), chunk)
+    )
+    return in_torch(loss, *given)
+
+
+SIDES = {"jaxsft": ours, "optax": optax_whole, "torch": torch_whole, "torch in chunks": torch_chunks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--size", nargs=3, type=int, action="append", metavar=("TOKENS", "WIDTH", "VOCABULARY"))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--calls", type=int, default=3, help="timed calls a turn")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each side")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was found")
+    parser.add_argument("--side", choices=SIDES, help="run one side in this process and print JSON")
+    parser.add_argument("--table", choices=TABLES, default="frozen", help="of --side")
+    args = parser.parse_args()
+    sizes = [tuple(size) for size in args.size] if args.size else SIZES[args.device]
+    if args.side:
+        print(json.dumps(SIDES[args.side](sizes[0], args.table, args.calls, args.device)))
+        return
+    rows = []
+    for size in sizes:
+        for table in TABLES:
+            found = {side: [] for side in args.sides}
+            for _ in range(args.turns):
+                for side in args.sides:
+                    found[side].append(turn(side, size, table, args.calls, args.device))
+            print(
+                f"{' x '.join(f'{n:,}' for n in size)}, {DTYPES[args.device]}, {table}; seconds: median, fastest; peak"
+            )
+            for side, turns in found.items():
+                row = {"side": side, "size": size, "table": table, "dtype": DTYPES[args.device]}
+                rows.append(row | (summary(turns) if None not in turns else {"failed": True}))
+                print("  " + line(rows[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def turn(side: str, size: Size, table: str, calls: int, device: str) -> dict | None:
+    """One side in a process of its own; None where it fails, as for want of memory."""
+    command = [sys.executable, __file__, "--side", side, "--size", *map(str, size)]
+    command += ["--table", table, "--calls", str(calls), "--device", device]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def summary(turns: list[dict]) -> dict:
+    times = [t for turn in turns for t in turn["times"]]
+    least = {"median": statistics.median(times), "fastest": min(times)}
+    return least | {"peak": max(turn["peak"] for turn in turns), "loss": turns[0]["loss"], "on": turns[0]["on"]}
+
+
+def line(row: dict) -> str:
+    if "failed" in row:
+        return f"{row['side']:16} failed"
+    return f"{row['side']:16} {row['median']:8.4f} {row['fastest']:8.4f} {row['peak'] / 1e9:7.2f} GB   {row['on']}"
+
+
+if __name__ == "__main__":
+    main()
