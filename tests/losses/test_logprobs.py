@@ -140,6 +140,19 @@ def test_no_buffer_grows_with_tokens_times_vocabulary(found, trains):
     assert long - short < 2 * (1024 - 256) * width * 4 * 20  # what grows is the size of the features
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_over_a_frozen_table_memory_does_not_grow_with_the_vocabulary(learned):
+    def temporary(vocabulary):
+        shapes = [((2, 128, 8), jnp.float32), ((vocabulary, 8), jnp.float32), ((2, 128), jnp.int32)]
+        given = [jax.ShapeDtypeStruct(*shape) for shape in [*shapes, ((2, 128), jnp.bool_)]]
+        found = lambda *given: losses.entropies(*given, chunk=losses.Chunk(32, 4096), learned=learned)
+        total = lambda *given: sum(x.sum() for x in found(*given))
+        return jax.jit(jax.grad(total)).lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(2 * 4096), temporary(16 * 4096)
+    assert large < 1.1 * small < 20 * 32 * 4096 * 4
+
+
 def test_the_loss_sums_to_the_negative_log_likelihood_of_the_learned_tokens():
     features, table, targets, _ = arrays()
     mask = MASKS["ragged"]
