@@ -12,8 +12,8 @@ token counts. The peers:
     torch in chunks   the same of 256 tokens (GPU: 1,024) at a time under torch.utils.checkpoint, as torchtune's
 
 Each side runs in a process of its own, so that the peak memory is its own; the sides take turns, and the median counts.
-The peak is what is needed beside the inputs, gradients included: on a CPU how far the process grew over the calls, on a
-GPU what XLA plans, and what torch's allocator gave out.
+The peak is what is needed beside the inputs, gradients included: of JAX what XLA plans, since making the inputs leaves
+more behind than that; of torch how far the process grew over the calls, or on a GPU what its allocator gave out.
 """
 
 import argparse
@@ -41,14 +41,14 @@ def resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-def timed(call: Callable[[], object], calls: int, peak: Callable[[], int]) -> dict:
-    """Seconds of each call but the first, and how far memory grew in them."""
-    before, times = peak(), []
+def timed(call: Callable[[], object], calls: int) -> dict:
+    """Seconds of the first call, and of those that follow."""
+    times = []
     for _ in range(calls + 1):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return {"first": times[0], "times": times[1:], "peak": peak() - before}
+    return {"first": times[0], "times": times[1:]}
 
 
 def in_jax(loss: Callable, size: Size, table: str, calls: int, device: str) -> dict:
@@ -64,11 +64,14 @@ def in_jax(loss: Callable, size: Size, table: str, calls: int, device: str) -> d
     run = jax.jit(jax.value_and_grad(lambda f, w, y: loss(f, w, y).mean(), which))
     run = run.lower(features, weights, targets).compile()
     jax.block_until_ready((features, weights, targets))
-    found = timed(lambda: jax.block_until_ready(run(features, weights, targets)), calls, resident)
-    if device == "gpu":
-        plan = run.memory_analysis()
-        found["peak"] = plan.temp_size_in_bytes + plan.output_size_in_bytes
-    return found | {"loss": float(run(features, weights, targets)[0]), "on": jax.devices()[0].device_kind}
+    plan = run.memory_analysis()
+    planned = plan.temp_size_in_bytes + plan.output_size_in_bytes
+    times = timed(lambda: jax.block_until_ready(run(features, weights, targets)), calls)
+    return (
+        times
+        | {"peak": planned}
+        | {"loss": float(run(features, weights, targets)[0]), "on": jax.devices()[0].device_kind}
+    )
 
 
 def ours(*given) -> dict:
@@ -108,8 +111,14 @@ def in_torch(loss: Callable, size: Size, table: str, calls: int, device: str) ->
 
     if device == "gpu":
         torch.cuda.reset_peak_memory_stats()
-    found = timed(call, calls, resident if device == "cpu" else torch.cuda.max_memory_allocated)
-    return found | {"loss": call(), "on": torch.cuda.get_device_name() if device == "gpu" else "cpu"}
+    peak = resident if device == "cpu" else torch.cuda.max_memory_allocated
+    before = peak()
+    times = timed(call, calls)
+    return (
+        times
+        | {"peak": peak() - before}
+        | {"loss": call(), "on": torch.cuda.get_device_name() if device == "gpu" else "cpu"}
+    )
 
 
 def torch_whole(*given) -> dict:

@@ -237,23 +237,23 @@ def _forward(features, table, targets, mask, head: Head, want, keep: str) -> tup
             y = rows.take(targets, start)
             seen = softmax.look(rows.take(features, start), y, table, head, want, mix=keep == "pull")
             if keep == "pull" and not where.tensor:
-                seen = seen._replace(mixed=softmax.pull(seen, y, table, head).astype(features.dtype))
+                seen = seen._replace(mixed=softmax.pull(seen, y, table, head, features.dtype).astype(features.dtype))
             return carry, seen
 
         seen = over_tokens(step, (), rows)[1]
         if where.tensor:
             seen = softmax.together(seen, where.tensor, offset)
             if keep == "pull":
-                share = softmax.pull(seen, targets[rows.order], table, head).astype(features.dtype)
-                seen = seen._replace(mixed=jax.lax.psum(share, where.tensor))
+                share = softmax.pull(seen, targets[rows.order], table, head, features.dtype)
+                seen = seen._replace(mixed=jax.lax.psum(share.astype(features.dtype), where.tensor))
         kept = {"nothing": None, "logsumexp": seen.logsumexp, "pull": seen.mixed}[keep]
         return jax.tree.map(lambda x: rows.back(x).reshape(*shape, *x.shape[1:]), (seen.found(), kept))
 
-    return where.run(local, (features, targets, mask), table, where.tokens)
+    return where.run(local, (features, targets, mask), table, where.tokens, features.dtype)
 
 
 def _backward(token: Token, mask, table, head: Head, trains: bool):
-    where = shards(head.mesh, mask.shape, vocabulary(table))
+    where, kind = shards(head.mesh, mask.shape, vocabulary(table)), token.features.dtype
 
     def local(token: Token, mask, table):
         rows, offset = compact(mask.ravel(), head.block.tokens), where.offset(table)
@@ -263,14 +263,15 @@ def _backward(token: Token, mask, table, head: Head, trains: bool):
         def step(grad_table, start):
             part = jax.tree.map(lambda x: rows.take(x, start), flat)
             grad_table, grad_features = softmax.pull_again(grad_table, part, table, head)
-            return grad_table, grad_features if where.tensor else grad_features.astype(token.features.dtype)
+            return grad_table, grad_features if where.tensor else grad_features.astype(kind)
 
         start = jnp.zeros(table.shape, jnp.float32) if trains else None
         grad_table, grad_features = over_tokens(step, start, rows)
         if where.tensor:
-            grad_features = jax.lax.psum(grad_features.astype(token.features.dtype), where.tensor)
+            grad_features = jax.lax.psum(grad_features.astype(kind), where.tensor)
         grad_features = rows.back(grad_features).reshape(token.features.shape)
-        return grad_features, where.summed(grad_table).astype(table.dtype) if trains else None
+        return grad_features, where.summed(grad_table) if trains else None
 
     out = where.tokens, PartitionSpec(where.tensor, where.split(table.shape[1])) if trains else None
-    return where.run(local, (token, mask), table, out)
+    grad_features, grad_table = where.run(local, (token, mask), table, out, kind)
+    return grad_features, grad_table.astype(table.dtype) if trains else None

@@ -34,10 +34,14 @@ class Shards(NamedTuple):
         """On a device, the number of its first row of the vocabulary."""
         return jax.lax.axis_index(self.tensor) * vocabulary(table) if self.tensor else 0
 
-    def run(self, function: Callable, given: tuple, table: Table, out: Any) -> Any:
-        """function(*given, table) of each device's slices; given are arrays [B, T, ...]."""
+    def run(self, function: Callable, given: tuple, table: Table, out: Any, dtype: jax.typing.DTypeLike) -> Any:
+        """function(*given, table) of each device's slices; given are arrays [B, T, ...].
+
+        The table is gathered over `fsdp` on the way, once, in the dtype of the computation.
+        """
         if self.mesh is None:
             return function(*given, table)
+        table = table if isinstance(table, Mapping) else table.astype(dtype)
         specs = (*(jax.tree.map(lambda _: self.tokens, x) for x in given), self.table(table))
         cut = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return cut(*given, table)

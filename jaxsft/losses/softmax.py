@@ -133,10 +133,15 @@ def together(seen: Seen, axis: str, offset: Int[Array, ""]) -> Seen:
     return faded._replace(**sums, best=best)
 
 
-def pull(seen: Seen, targets: Int[Array, "t"], table: Table, head: Head) -> Float[Array, "t D"]:
-    """d lp / d f, as far as the rows of `table` have a part in it: slope_y W_y - sum_v p_v slope_v W_v."""
+def pull(
+    seen: Seen, targets: Int[Array, "t"], table: Table, head: Head, dtype: jax.typing.DTypeLike
+) -> Float[Array, "t D"]:
+    """d lp / d f, as far as the rows of `table` have a part in it: slope_y W_y - sum_v p_v slope_v W_v.
+
+    The difference is float32: where the target is nearly certain, the two are nearly the same.
+    """
     there = (targets >= 0) & (targets < vocabulary(table))
-    rows = rows_of(table, jnp.clip(targets, 0, vocabulary(table) - 1))
+    rows = rows_of(table, jnp.clip(targets, 0, vocabulary(table) - 1), dtype)
     own = jnp.where(there, head.slope(seen.target), 0.0)[:, None] * rows
     return own - seen.mixed / seen.total[:, None]
 

@@ -12,7 +12,7 @@ from jaxsft.objectives.grpo import GRPO, METHODS
 from jaxsft.objectives.grpo import learning as grpo_learning
 from jaxsft.objectives.grpo import scoring as grpo_scoring
 from jaxsft.objectives.judged import judged
-from jaxsft.objectives.language import Objective, expect, supervised
+from jaxsft.objectives.language import Objective, expect, head_of, supervised
 from jaxsft.objectives.masked import masked
 from jaxsft.objectives.pairs import Each, Pairwise, reference
 from jaxsft.objectives.policy import policy
@@ -41,6 +41,7 @@ __all__ = [
     "expect",
     "grpo_learning",
     "grpo_scoring",
+    "head_of",
     "judged",
     "masked",
     "of",

@@ -320,3 +320,17 @@ def test_a_packed_table_is_what_it_stands_for(dtype):
 
 def _full(*trees):
     return jax.tree.map(lambda x: x.astype(jnp.float32), trees)
+
+
+def test_where_a_token_is_nearly_certain_bfloat16_has_its_small_gradient():
+    draw = np.random.default_rng(2)
+    features = jnp.asarray(draw.normal(size=(1, 4, 64)), jnp.bfloat16)
+    table = jnp.asarray(draw.normal(size=(40, 64)) / 8, jnp.float32)  # frozen, and in float32
+    table = table.at[:4].set(features[0].astype(jnp.float32) / 8)  # scores of about 8
+    targets, mask = jnp.arange(4)[None], jnp.ones((1, 4), bool)
+    grad = lambda table, lp: jax.jit(jax.grad(lambda f: lp(f, table, targets, mask).sum()))
+    ours = grad(table, functools.partial(losses.logprobs, chunk=CHUNK))(features)
+    rounded = table.astype(jnp.bfloat16).astype(jnp.float32)
+    theirs = grad(rounded, reference)(features.astype(jnp.float32))
+    assert float(jnp.abs(theirs).max()) < 0.05
+    np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=0.02, atol=1e-5)

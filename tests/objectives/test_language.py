@@ -42,5 +42,5 @@ def test_in_training_nothing_is_computed_for_people():
 def test_where_and_how_a_model_makes_scores_is_told_in_one_place():
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     chunk = losses.Chunk(8, 16)
-    found = objectives.language.head_of(models.build(CONFIG, mesh=mesh), chunk)
+    found = objectives.head_of(models.build(CONFIG, mesh=mesh), chunk)
     assert found == {"scale": 0.5, "soft_cap": None, "chunk": chunk, "mesh": mesh}
