@@ -111,11 +111,8 @@ def in_torch(loss: Callable, size: Size, table: str, calls: int, device: str) ->
     peak = resident if device == "cpu" else torch.cuda.max_memory_allocated
     before = peak()
     times = timed(call, calls)
-    return (
-        times
-        | {"peak": peak() - before}
-        | {"loss": call(), "on": torch.cuda.get_device_name() if device == "gpu" else "cpu"}
-    )
+    on = torch.cuda.get_device_name() if device == "gpu" else "cpu"
+    return times | {"peak": peak() - before, "loss": call(), "on": on}
 
 
 def torch_whole(*given) -> dict:
