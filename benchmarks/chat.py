@@ -34,8 +34,7 @@ def conversations(source: str, tokenizer, count: int) -> Iterator[dict]:
     """The first rows of a file that fit, as prompt and completion, which both sides read as they are."""
     text = Path(source).read_text(encoding="utf-8")
     rows = json.loads(text) if source.endswith(".json") else map(json.loads, text.splitlines())
-    for row in itertools.islice(filter(None, (_prompted(row, tokenizer) for row in rows)), count):
-        yield row
+    return itertools.islice(filter(None, (_prompted(row, tokenizer) for row in rows)), count)
 
 
 def _prompted(row: dict, tokenizer) -> dict | None:
