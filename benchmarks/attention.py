@@ -13,12 +13,13 @@ from all scores at once. What is best goes into `BEST` of jaxsft/models/attentio
 import argparse
 import functools
 import importlib.util
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--json", help="file to write the figures to")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     args = parser.parse_args()
     where, draw = rows(args), np.random.default_rng(0)
     make = lambda n: jnp.asarray(draw.normal(size=(args.rows, args.length, n, args.head_dim)), args.dtype)
@@ -142,14 +143,16 @@ def main() -> None:
             start = time.perf_counter()
             side()
             found[name]["times"].append(time.perf_counter() - start)
-    where_run = f"{jax.devices()[0].device_kind or platform.machine()}, jax {jax.__version__}"
-    print(f"{'kernel':12} {'fastest ms':>10} {'median ms':>10} {'apart':>9}   {where_run}")
+    on = f"{jax.devices()[0].device_kind or platform.machine()}, jax {jax.__version__}"
+    case = f"{args.rows} x {args.length} x {args.heads}/{args.kv_heads} x {args.head_dim}, {args.dtype}"
+    case += f", {args.documents} a row" if args.documents > 1 else ""
+    rows = []
     for name, side in found.items():
-        fastest, median = (1e3 * of(side["times"]) for of in (min, statistics.median))
-        print(f"{name:12} {fastest:10.1f} {median:10.1f} {side['apart']:9.1e}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "device": where_run, "found": found}, file, indent=1)
+        times = side["times"]
+        figures = {"value": statistics.median(times), "low": min(times), "high": max(times), "unit": "s"}
+        rows.append({"case": case, "side": name, **figures, "apart": side["apart"], "on": on})
+        print(f"{name:12} {side['apart']:9.1e} from all scores at once")
+    harness.show(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(ROOT / "jaxsft/assets/base"), help="a model's folder")
     parser.add_argument("--pairs", type=int, default=24, help="how many; a multiple of 4")
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="these runs; by default all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     parser.add_argument(
         "--side", nargs=3, metavar=("RUN", "FOLDER", "PAIRS"), help="run one in this process; print JSON"
     )
@@ -207,6 +208,7 @@ def main() -> None:
         tokenizer.save_pretrained(root)
         print(f"{'':30} {'pairs/s':>8} {'core s/pair':>11} {'first s':>8} {'once s':>7}", end="")
         print(f" {'peak GB':>8} {'tokens':>7} {'loss':>7}", flush=True)
+        rows = []
         for run in args.only:
             command = [sys.executable, __file__, "--side", run, root, str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -214,8 +216,12 @@ def main() -> None:
                 raise SystemExit(f"{run} failed:\n{done.stderr[-3000:]}")
             one = json.loads(done.stdout.splitlines()[-1])
             speed, processor = args.pairs / one["seconds"], one["processor"] / args.pairs
+            figures = {"value": speed, "unit": "pairs/s", "peak_gb": one["peak"], "first_s": one["first"]}
+            rows.append({"case": f"{args.pairs} pairs", "side": run, **figures, "core_s": processor})
             print(f"{run:30} {speed:8.3f} {processor:11.2f} {one['first']:8.1f} {one['once']:7.1f}", end="")
             print(f" {one['peak']:8.2f} {one['tokens']:7,} {one['loss']:7.4f}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]  # case, side, value, low, high, unit, peak_gb, core_s, first_s; or case, side, failed
+BEGUN = "BENCHMARK_BEGUN"  # when the process of a side was started
 PACKAGES = "jax flax optax torch transformers peft trl google-tunix numpy".split()
 
 
@@ -56,6 +57,11 @@ def timed(call: Callable[[], Any], calls: int) -> dict[str, Any]:
     return {"first": first, "times": times, "cores": cores}
 
 
+def since_start() -> dict[str, Any]:
+    """What `timed` gives, of all that this process has done so far."""
+    return {"first": 0.0, "times": [time.time() - float(os.environ[BEGUN])], "cores": [time.process_time()], "work": 1}
+
+
 def finish(found: Mapping[str, Any]) -> None:
     """Prints what a side found, with the most memory its process had; of a GPU what the side itself says."""
     print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **found}))
@@ -71,7 +77,7 @@ def turns(
       case: what the sides are told; "work" is what a call of theirs computes, in the unit's things.
       sides: their names; one that wants another interpreter and has none is left out, and that is said.
       args: of `parser`.
-      unit: of the figures, such as tokens/s.
+      unit: of the figures, such as tokens/s; s for the seconds of a call themselves.
     """
     pythons = {side: args.tunix if side == "tunix" else sys.executable for side in sides}
     found: dict[str, list[Any]] = {side: [] for side, python in pythons.items() if python}
@@ -82,7 +88,8 @@ def turns(
             if None not in kept:
                 command = [pythons[side], script, "--side", side, "--case", json.dumps(case)]
                 command += ["--calls", str(args.calls), "--device", args.device]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                begun = {**os.environ, BEGUN: str(time.time())}
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=begun)
                 kept.append(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None)
     name = case["name"]
     return [{"case": name, "side": side, "unit": unit, **_figures(kept, unit)} for side, kept in found.items()]
@@ -91,7 +98,8 @@ def turns(
 def _figures(kept: list[Any], unit: str) -> dict[str, Any]:
     if None in kept:
         return {"failed": True}
-    rates = [one["work"] / seconds for one in kept for seconds in one["times"]]
+    times = [(one["work"], seconds) for one in kept for seconds in one["times"]]
+    rates = [seconds if unit == "s" else work / seconds for work, seconds in times]
     return {
         "value": statistics.median(rates),
         "low": min(rates),

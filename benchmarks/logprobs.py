@@ -11,19 +11,15 @@ token counts. The peers:
     torch             cross_entropy of all logits in float32
     torch in chunks   the same of 256 tokens (GPU: 1,024) at a time under torch.utils.checkpoint, as torchtune's
 
-Each side runs in a process of its own, so that the peak memory is its own; the sides take turns, and the median counts.
 The peak is what is needed beside the inputs, gradients included: of JAX what XLA plans, since making the inputs leaves
 more behind than that; of torch how far the process grew over the calls, or on a GPU what its allocator gave out.
 """
 
-import argparse
 import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+import harness
 
 Size = tuple[int, int, int]  # tokens, width, vocabulary
 SIZES: dict[str, list[Size]] = {
@@ -41,16 +37,6 @@ def resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-def timed(call: Callable[[], object], calls: int) -> dict:
-    """Seconds of the first call, and of those that follow."""
-    times = []
-    for _ in range(calls + 1):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return {"first": times[0], "times": times[1:]}
-
-
 def in_jax(loss: Callable, size: Size, table: str, calls: int, device: str) -> dict:
     import jax
     import jax.numpy as jnp
@@ -66,7 +52,7 @@ def in_jax(loss: Callable, size: Size, table: str, calls: int, device: str) -> d
     jax.block_until_ready((features, weights, targets))
     plan = run.memory_analysis()
     planned = plan.temp_size_in_bytes + plan.output_size_in_bytes
-    times = timed(lambda: jax.block_until_ready(run(features, weights, targets)), calls)
+    times = harness.timed(lambda: jax.block_until_ready(run(features, weights, targets)), calls)
     value = float(run(features, weights, targets)[0])
     return times | {"peak": planned, "loss": value, "on": jax.devices()[0].device_kind}
 
@@ -110,7 +96,7 @@ def in_torch(loss: Callable, size: Size, table: str, calls: int, device: str) ->
         torch.cuda.reset_peak_memory_stats()
     peak = resident if device == "cpu" else torch.cuda.max_memory_allocated
     before = peak()
-    times = timed(call, calls)
+    times = harness.timed(call, calls)
     on = torch.cuda.get_device_name() if device == "gpu" else "cpu"
     return times | {"peak": peak() - before, "loss": call(), "on": on}
 
@@ -137,56 +123,21 @@ SIDES = {"jaxsft": ours, "optax": optax_whole, "torch": torch_whole, "torch in c
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser = harness.parser(__doc__, [*SIDES])
     parser.add_argument("--size", nargs=3, type=int, action="append", metavar=("TOKENS", "WIDTH", "VOCABULARY"))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--calls", type=int, default=3, help="timed calls a turn")
-    parser.add_argument("--turns", type=int, default=2, help="turns of each side")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was found")
-    parser.add_argument("--side", choices=SIDES, help="run one side in this process and print JSON")
-    parser.add_argument("--table", choices=TABLES, default="frozen", help="of --side")
     args = parser.parse_args()
-    sizes = [tuple(size) for size in args.size] if args.size else SIZES[args.device]
     if args.side:
-        print(json.dumps(SIDES[args.side](sizes[0], args.table, args.calls, args.device)))
+        case = json.loads(args.case)
+        harness.finish(SIDES[args.side](case["size"], case["table"], args.calls, args.device) | {"work": 1})
         return
     rows = []
-    for size in sizes:
+    for size in args.size or SIZES[args.device]:
         for table in TABLES:
-            found = {side: [] for side in args.sides}
-            for _ in range(args.turns):
-                for side in args.sides:
-                    found[side].append(turn(side, size, table, args.calls, args.device))
-            print(
-                f"{' x '.join(f'{n:,}' for n in size)}, {DTYPES[args.device]}, {table}; seconds: median, fastest; peak"
-            )
-            for side, turns in found.items():
-                row = {"side": side, "size": size, "table": table, "dtype": DTYPES[args.device]}
-                rows.append(row | (summary(turns) if None not in turns else {"failed": True}))
-                print("  " + line(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-
-
-def turn(side: str, size: Size, table: str, calls: int, device: str) -> dict | None:
-    """One side in a process of its own; None where it fails, as for want of memory."""
-    command = [sys.executable, __file__, "--side", side, "--size", *map(str, size)]
-    command += ["--table", table, "--calls", str(calls), "--device", device]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-
-
-def summary(turns: list[dict]) -> dict:
-    times = [t for turn in turns for t in turn["times"]]
-    least = {"median": statistics.median(times), "fastest": min(times)}
-    return least | {"peak": max(turn["peak"] for turn in turns), "loss": turns[0]["loss"], "on": turns[0]["on"]}
-
-
-def line(row: dict) -> str:
-    if "failed" in row:
-        return f"{row['side']:16} failed"
-    return f"{row['side']:16} {row['median']:8.4f} {row['fastest']:8.4f} {row['peak'] / 1e9:7.2f} GB   {row['on']}"
+            name = f"{' x '.join(f'{n:,}' for n in size)}, {DTYPES[args.device]}, {table}"
+            found = harness.turns(__file__, {"name": name, "size": size, "table": table}, args.sides, args, unit="s")
+            harness.show(found)
+            rows += found
+    harness.show(rows, args.json)
 
 
 if __name__ == "__main__":

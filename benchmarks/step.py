@@ -89,7 +89,7 @@ def jaxsft_side(case: dict, calls: int) -> dict:
     import jaxsft
     from jaxsft import models, optim, quant, sharding, train, tree, tuning
 
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", case.get("cached", False))
     family, dtype = models.FAMILIES[case["shape"]["model_type"]], jnp.dtype(case["dtype"])
     method = case["method"].replace("qlora", "lora")
     lora = jaxsft.LoRA(rank=RANK, alpha=ALPHA, **ADAPTERS[case.get("adapter", "lora")][0])
