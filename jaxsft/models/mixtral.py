@@ -40,12 +40,13 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/moe/experts/down", f"{LAYER}.block_sparse_moe.experts.{{expert}}.w2"),
 )
 
-# `tensor` cuts the experts, and the hidden units of the MLP that every token meets.
+# `expert` cuts the experts, `tensor` the hidden units of each and of the MLP that every token meets.
 RULES: Rules = (
     *llama.RULES,
-    ("blocks/[^/]+/moe/experts/(gate|up|gate_up)/kernel", P(None, "tensor", "fsdp", None)),
-    ("blocks/[^/]+/moe/experts/down/kernel", P(None, "tensor", None, "fsdp")),
-    ("blocks/[^/]+/moe/experts/(gate_up|down)/bias", P(None, "tensor", None)),
+    ("blocks/[^/]+/moe/experts/(gate|up|gate_up)/kernel", P(None, "expert", "fsdp", "tensor")),
+    ("blocks/[^/]+/moe/experts/down/kernel", P(None, "expert", "tensor", "fsdp")),
+    ("blocks/[^/]+/moe/experts/gate_up/bias", P(None, "expert", "tensor")),
+    ("blocks/[^/]+/moe/experts/down/bias", P(None, "expert", None)),
     ("blocks/[^/]+/moe/(router|shared_gate)/kernel", P(None, "fsdp", None)),
     ("blocks/[^/]+/moe/router/bias", P(None, None)),
     ("blocks/[^/]+/moe/shared/(gate|up)/kernel", P(None, "fsdp", "tensor")),
