@@ -192,6 +192,7 @@ def measure(work: Work, sections: Sections) -> Need:
       CheckpointError, ValueError: config.json or the sections cannot be used.
     """
     s, (mesh, stands_in) = sections, _mesh(sections.mesh)
+    sharding.check_length(s.length, mesh)
     family, shape = hub.read_config(hub.resolve(s.model.path), work.labels or None)
     new, vocabulary = {"tokens": s.model.new_tokens, "special": s.model.new_special_tokens}, None
     if any(new.values()):
@@ -228,10 +229,11 @@ def measure(work: Work, sections: Sections) -> Need:
     count = -(-s.train.batch_size // pieces) * pieces if work.answers else s.train.batch_size
 
     def rows(dtype: Any, *axes: int) -> Any:
-        shape = (count, *(axes or (s.length,)))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))
+        return jax.ShapeDtypeStruct((count, *(axes or (s.length,))), dtype)
 
     batch = work.batch(rows)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    batch = jax.tree.map(place, batch, sharding.batch(batch, mesh))
     chunk = losses.CHUNK if stands_in else None
     objective, prepare = work.objective(model, chunk)
     cut = {"microbatches": s.train.microbatches, "shardings": sharding.of(state)}

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jaxsft import actor, checkpoint, data, hosts, losses, optim, report, rollouts, sharding, train, tree
+from jaxsft import actor, axes, checkpoint, data, hosts, losses, optim, report, rollouts, sharding, train, tree
 from jaxsft.actor import Act, Episodes
 from jaxsft.hosts import Stopped
 from jaxsft.objectives import Judged, Objective, policy_of
@@ -175,8 +175,10 @@ def learn(
     Raises:
       RunError: a contradicting checkpoint; no answer that has a reward; a loss that is not finite.
       Stopped: the process was told to end, see `hosts.notice`; the state was saved after the iteration it was in.
+      ValueError: rows that the mesh cannot cut.
     """
     c, frozen = config, learner.frozen
+    sharding.check_length(row_length, mesh)
     tx, rate = optim.build(optimizer, c.iterations * c.epochs * c.minibatches)
     state = init(learner.trainable, tx, jax.random.key(c.seed), mesh)
     step = make_step(objective, tx, microbatches=c.microbatches, shardings=sharding.of(state))
@@ -240,7 +242,7 @@ class Position(NamedTuple):
 
 def pack(episodes: Episodes, length: int, config: Config, mesh: Mesh) -> rollouts.Packed:
     """Packs episodes into rows that minibatches, microbatches and devices can share out."""
-    unit = config.minibatches * config.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = config.minibatches * config.microbatches * axes.rows(mesh)
     return rollouts.pack(episodes.asked.ids, episodes.tokens, length=length, unit=unit)
 
 
@@ -308,7 +310,11 @@ def improve(
 
 def _taker(mesh: Mesh) -> Callable[[Rollouts, np.ndarray, bool], Rollouts]:
     """Compiles the choice of a minibatch."""
-    some = jax.jit(lambda rows, chosen: jax.tree.map(lambda x: x[chosen], rows), out_shardings=sharding.rows(mesh))
+
+    @jax.jit
+    def some(rows: Rollouts, chosen: np.ndarray) -> Rollouts:
+        pick = lambda x, where: jax.lax.with_sharding_constraint(x[chosen], where)
+        return jax.tree.map(pick, rows, sharding.batch(rows, mesh))
 
     def take(rows: Rollouts, chosen: np.ndarray, fresh: bool) -> Rollouts:
         found = some(rows, chosen)

@@ -79,9 +79,8 @@ def ladder(rows: int, unit: int) -> int:
 
 def place(rows: Any, mesh: Mesh) -> Any:
     """Puts rows, which every process has whole, on the devices."""
-    where = sharding.rows(mesh)
-    put = lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
-    return jax.tree.map(put, rows)
+    put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    return jax.tree.map(put, rows, sharding.batch(rows, mesh))
 
 
 def minibatches(draw: np.random.Generator, packed: Packed, count: int) -> Int[np.ndarray, "count rows"]:

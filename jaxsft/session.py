@@ -33,13 +33,16 @@ VERSION = 1  # of what is computed of a reference; another one is computed again
 AGREE = 0.5  # nats an answer, on average, by which two computations of a reference may differ: other devices, bfloat16
 
 
-def start(config: run.Config, mesh: sharding.Config, how: Config | None = None) -> tuple[Path, Mesh]:
+def start(
+    config: run.Config, mesh: sharding.Config, how: Config | None = None, length: int | None = None
+) -> tuple[Path, Mesh]:
     """Prepares the run's folder and the devices, in that order: several hosts meet before they see each other's.
 
     Args:
       config: of the run.
       mesh: of the devices.
       how: the batches, which the devices must be able to share out; None where that is not settled yet.
+      length: tokens of a row, likewise; 1 where rows are none of tokens.
 
     Raises:
       RunError, ValueError: see `run.start`, `sharding.mesh`; a batch that the mesh cannot share out.
@@ -48,6 +51,8 @@ def start(config: run.Config, mesh: sharding.Config, how: Config | None = None) 
     made = sharding.mesh(**dataclasses.asdict(mesh))
     if how is not None:
         check_batch(how, made)
+    if length is not None:
+        sharding.check_length(length, made)
     return folder, made
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxsft import axes, tree
+from jaxsft import axes, tree, types
 from jaxsft.tree import Tree
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
@@ -137,7 +137,7 @@ def abstract(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch [B, T]: rows over data, fsdp and expert."""
+    """The sharding of what is known of rows, [B, ...]: over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(axes.ROWS, None))
 
 
@@ -164,6 +164,43 @@ def share(mesh: Mesh) -> tuple[int, int]:
             "processes; let that divide the devices of a process, or be a multiple of them"
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def tokens(mesh: Mesh) -> NamedSharding:
+    """The sharding of what is known of tokens, [B, T]: rows as ever, and each in pieces over context."""
+    return NamedSharding(mesh, PartitionSpec(axes.ROWS, axes.CONTEXT))
+
+
+def batch(arrays: Any, mesh: Mesh) -> Any:
+    """The shardings of a batch, whose type says which of its arrays are for tokens and which for rows.
+
+    Example:
+      >>> one, row = mesh(devices=jax.devices()[:1]), np.zeros((2, 4), np.int32)
+      >>> [tuple(where.spec) for where in batch(types.Tokens(row, row > 0, row, row), one)][0]
+      (('data', 'fsdp', 'expert'), 'context')
+    """
+    if not hasattr(arrays, "_fields"):
+        return jax.tree.map(lambda _: rows(mesh), arrays)
+    along = types.by_token(type(arrays))
+    place = lambda name, field: tokens(mesh) if name in along else batch(field, mesh)
+    return type(arrays)(*map(place, arrays._fields, arrays))
+
+
+def check_length(length: int, mesh: Mesh) -> None:
+    """Refuses rows that do not cut into pieces for the axis context.
+
+    Args:
+      length: tokens of a row; 1 for what is no row of tokens.
+      mesh: over which they are to lie.
+
+    Raises:
+      ValueError: they do not.
+    """
+    if length % mesh.shape[axes.CONTEXT]:
+        raise ValueError(
+            f"mesh.context is {mesh.shape[axes.CONTEXT]}, which does not divide the {length} tokens of a row; set it "
+            "to 1, or change the length of rows"
+        )
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -177,11 +177,14 @@ class Placed(NamedTuple):
 
 def place(batches: Iterable, mesh: Mesh) -> Iterator[Placed]:
     """Puts batches on the mesh, one ahead of the one in use."""
-    rows, (_, shares) = sharding.rows(mesh), sharding.share(mesh)
+    _, shares = sharding.share(mesh)
 
     def put(batch) -> Placed:
-        make = lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x))
-        return Placed(jax.tree.map(make, batch.tokens), batch.count * shares, batch.position)
+        # The shape of all rows is said, since processes that have the same ones may have other pieces of them.
+        shape = lambda x: (x.shape[0] * shares, *x.shape[1:])
+        make = lambda x, where: jax.make_array_from_process_local_data(where, np.asarray(x), shape(x))
+        placed = jax.tree.map(make, batch.tokens, sharding.batch(batch.tokens, mesh))
+        return Placed(placed, batch.count * shares, batch.position)
 
     ahead = None
     for batch in batches:

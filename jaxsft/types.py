@@ -118,6 +118,17 @@ class Contrasts(NamedTuple):
     texts: Int[Array, "B P"]  # the number of each passage's text, to tell that two are the same; -1 for none
 
 
+def by_token(record: type) -> frozenset[str]:
+    """The fields of a batch that hold something for each token, [B, T]; the others are for whole rows.
+
+    Example:
+      >>> sorted(by_token(Tokens)), sorted(by_token(Images))
+      (['mask', 'positions', 'segments', 'tokens'], [])
+    """
+    kinds = getattr(record, "__annotations__", {})
+    return frozenset(name for name, kind in kinds.items() if getattr(kind, "dim_str", "") == "B T")
+
+
 class Mean(NamedTuple):
     """A metric with a weight of its own: a sum, and over how many."""
 

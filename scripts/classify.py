@@ -84,7 +84,7 @@ def main(cfg: Config) -> None:
         work = preflight.over_images(learning, labels=len(names), size=size)
         preflight.show(work, preflight.Sections(*parts), cfg.run.device_gb)
         return
-    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train)
+    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train, 1)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     settled = data.images.read_labels(folder) if cfg.run.resume else None

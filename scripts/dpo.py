@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
         parts = (cfg.model, cfg.tuning, cfg.optim, cfg.train, cfg.mesh, 2 * cfg.data.max_length)
         preflight.show(preflight.over_pairs(learning, reference=live), preflight.Sections(*parts), cfg.run.device_gb)
         return
-    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train)
+    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train, 2 * cfg.data.max_length)
 
     # ---- what to learn from --------------------------------------------------------------------------------------
     tokenizer, vocabulary = session.load_tokenizer(cfg.model, cfg.data.template)

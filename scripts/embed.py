@@ -42,7 +42,7 @@ def main(cfg: Config) -> None:
         )
     how = replace(how, max_tokens=cfg.embed.max_length or how.max_tokens)
     base = replace(cfg.model, path=str(how.folder))
-    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train)
+    folder, mesh = session.start(cfg.run, cfg.mesh, cfg.train, 1)
 
     # ---- what learns -----------------------------------------------------------------------------------------------
     tokenizer = hub.load_tokenizer(base.path)

@@ -169,7 +169,7 @@ def test_a_minibatch_is_cut_from_the_rows_as_they_lie_on_the_mesh():
     rows = Rollouts(*(np.arange(8.0)[:, None] + np.zeros((8, 3)) for _ in range(9)), np.zeros((8, 1), bool))
     found = take(rollouts.place(rows, MESH), np.array([6, 1, 0, 3]), True)
     assert found.advantage[:, 0].tolist() == [6.0, 1.0, 0.0, 3.0]
-    assert found.advantage.sharding == sharding.rows(MESH)
+    assert found.advantage.sharding == sharding.tokens(MESH)
     assert found.fresh.all()
     assert not take(rollouts.place(rows, MESH), np.array([6, 1, 0, 3]), False).fresh.any()
 

@@ -91,6 +91,15 @@ def test_a_batch_is_cut_by_rows_over_data_and_fsdp(cube):
     assert sharding.of({"x": rows})["x"] == sharding.rows(cube)
 
 
+def test_rows_that_context_does_not_divide_are_refused():
+    mesh = sharding.mesh(4, 1, 1, 2)
+    sharding.check_length(24, mesh)
+    with pytest.raises(
+        ValueError, match="mesh.context is 2, which does not divide the 25 tokens of a row; set it to 1"
+    ):
+        sharding.check_length(25, mesh)
+
+
 @pytest.mark.parametrize("family", [name for name, family in models.FAMILIES.items() if family.task])
 def test_the_rules_of_a_family_cover_every_leaf_and_cut_every_matrix(family, cube):
     leaves = tree.flat(shapes(FULL, cut=2))

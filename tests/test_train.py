@@ -13,7 +13,7 @@ import pytest
 from jaxsft import lora, models, objectives, sharding, train, tree
 from jaxsft.hosts import Stopped
 from jaxsft.run import Log, RunError, read_metrics
-from jaxsft.types import State, Sums, Tokens
+from jaxsft.types import Pairs, State, Sums, Tokens
 
 CONFIG = models.DecoderConfig(
     vocab_size=64, hidden=32, mlp_hidden=48, layers=2, heads=4, kv_heads=2, head_dim=8, max_position=64, tied=True
@@ -51,11 +51,12 @@ def batch() -> Tokens:
     return Tokens(tokens, mask > 0, positions, segments)
 
 
-def gradients(model, variables, batch, pattern, *, mesh_shape=(1, 1, 1), microbatches=1):
+def gradients(model, variables, batch, pattern, *, mesh_shape=(1, 1, 1), microbatches=1, family="llama"):
     """The step's gradient, read off one step of gradient descent with rate 1."""
     n = math.prod(mesh_shape)
     mesh = sharding.mesh(*mesh_shape, devices=jax.devices()[:n])
-    rules = models.FAMILIES["llama"].rules
+    model = models.build(model.config, mesh=mesh)
+    rules = models.FAMILIES[family].rules
     placed = {
         "params": sharding.shardings(variables["params"], rules, mesh),
         "lora": sharding.shardings(variables["lora"], lora.rules(rules), mesh),
@@ -80,6 +81,7 @@ SPLITS = [
     pytest.param({"mesh_shape": (2, 4, 1)}, id="mesh 2x4x1"),
     pytest.param({"mesh_shape": (2, 2, 2)}, id="mesh 2x2x2"),
     pytest.param({"mesh_shape": (2, 2, 2), "microbatches": 2}, id="mesh 2x2x2, 2 microbatches"),
+    pytest.param({"mesh_shape": (1, 2, 2, 2), "microbatches": 2}, id="mesh 1x2x2, context 2, 2 microbatches"),
 ]
 
 
@@ -96,6 +98,21 @@ def test_the_gradient_is_the_same_however_the_batch_is_split(split, unsplit, mod
     assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
     for path, grad in wanted.items():
         np.testing.assert_allclose(got[path], grad, atol=1e-6, err_msg=path)
+
+
+def test_a_mixture_has_the_same_gradient_on_a_mesh_that_shares_out_experts_and_cuts_rows(batch):
+    mixed = models.moe.MoE(experts=4, active=2, hidden=12, balance=0.1)
+    model = models.build(dataclasses.replace(CONFIG, moe=mixed))
+    params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0)))
+    made = tree.flat(jax.device_get(lora.init(jax.random.key(1), params, lora.LoRA(rank=2))))
+    noisy = {path: x + np.float32(0.1) * path.endswith("/b") for path, x in made.items()}
+    how = (model, {"params": params, "lora": tree.nest(noisy)}, batch, ["params/.*", lora.TRAINABLE])
+    wanted, metrics = gradients(*how, family="mixtral")
+    got, got_metrics = gradients(*how, family="mixtral", mesh_shape=(1, 1, 2, 2, 2))
+    assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
+    for path, grad in wanted.items():
+        assert np.abs(grad).max() > 0, path
+        np.testing.assert_allclose(got[path], grad, atol=1e-5, err_msg=path)
 
 
 def test_tables_that_a_mesh_does_not_divide_have_the_same_gradient(batch):
@@ -332,3 +349,15 @@ def test_place_gives_every_batch_in_order_one_ahead():
     assert [int(b.batch[0, 0]) for b in [first, *rest]] == [0, 1, 2]
     assert [b.position["next_index"] for b in [first, *rest]] == [0, 1, 2]
     assert first.batch.sharding == sharding.rows(mesh)
+
+
+def test_place_cuts_what_is_known_of_tokens_over_context_and_what_is_known_of_rows_not(batch):
+    mesh, one = sharding.mesh(2, 1, 1, 4), np.zeros((ROWS, 1), np.float32)
+    pairs = Pairs(*batch, one, one > 0, one.astype(int), np.zeros((ROWS, 1, 2), np.float32))
+    [placed] = train.place([types.SimpleNamespace(tokens=pairs, count=1, position={})], mesh)
+    for name, x in placed.batch._asdict().items():
+        whole = getattr(pairs, name)
+        rows, *rest = whole.shape
+        length = [LENGTH // 4] if name in Tokens._fields else rest
+        assert {shard.data.shape for shard in x.addressable_shards} == {(rows // 2, *length)}, name
+        np.testing.assert_array_equal(x, whole)
