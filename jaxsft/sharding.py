@@ -100,14 +100,44 @@ def spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: jax.sharding.Mes
     Raises:
       ValueError: no rule matches, or the rule has another number of dimensions.
     """
-    found = next(((pattern, wanted) for pattern, wanted in rules if re.fullmatch(pattern, path)), None)
+    _, wanted = _rule(path, shape, rules)
+    fits = [axis if axis is None or n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, wanted, strict=True)]
+    return PartitionSpec(*fits)
+
+
+def _rule(path: str, shape: tuple[int, ...], rules: Rules) -> tuple[str, PartitionSpec]:
+    """The first rule that matches; see `spec`."""
+    found = next((rule for rule in rules if re.fullmatch(rule[0], path)), None)
     if found is None:
         raise ValueError(f"no sharding rule for {path} {shape}; add one to FAMILY.rules")
     pattern, wanted = found
     if len(wanted) != len(shape):
         raise ValueError(f"the sharding rule {pattern!r} has {len(wanted)} dimensions, but {path} has shape {shape}")
-    fits = [axis if axis is None or n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, wanted, strict=True)]
-    return PartitionSpec(*fits)
+    return found
+
+
+def check(rules: Rules, *trees: Mapping) -> None:
+    """Refuses a leaf without a rule, and a rule without a leaf.
+
+    Args:
+      rules: of a family.
+      trees: parameters, or shapes of them, of models that have between them all that the family can have.
+
+    Raises:
+      ValueError: a leaf of any of the trees has no rule, or a rule is the first match of no leaf in any of them.
+
+    Example:
+      >>> check((("w", PartitionSpec(None)), ("bias", PartitionSpec(None))), {"w": np.zeros(2)})
+      Traceback (most recent call last):
+      ...
+      ValueError: the sharding rules 'bias' match no leaf; take them out of FAMILY.rules
+    """
+    leaves = {path: leaf.shape for shapes in trees for path, leaf in tree.flat(shapes).items()}
+    used = {_rule(path, shape, rules)[0] for path, shape in leaves.items()}
+    if idle := [pattern for pattern, _ in rules if pattern not in used]:
+        raise ValueError(
+            f"the sharding rules {', '.join(map(repr, idle))} match no leaf; take them out of FAMILY.rules"
+        )
 
 
 def shardings(shapes: Mapping, rules: Rules, mesh: Mesh) -> Tree:

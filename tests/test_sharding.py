@@ -100,10 +100,9 @@ def test_rows_that_context_does_not_divide_are_refused():
         sharding.check_length(25, mesh)
 
 
-@pytest.mark.parametrize("family", [name for name, family in models.FAMILIES.items() if family.task])
-def test_the_rules_of_a_family_cover_every_leaf_and_cut_every_matrix(family, cube):
+def test_every_matrix_of_a_llama_is_cut_both_ways(cube):
     leaves = tree.flat(shapes(FULL, cut=2))
-    placed = tree.flat(sharding.shardings(tree.nest(leaves), models.FAMILIES[family].rules, cube))
+    placed = tree.flat(sharding.shardings(tree.nest(leaves), models.FAMILIES["llama"].rules, cube))
     assert set(placed) == set(leaves)
     for path in leaves:
         cut = {axis for axis in placed[path].spec if axis}
@@ -140,3 +139,18 @@ def test_a_mesh_that_cuts_rows_over_parts_of_processes_is_refused():
         ValueError, match=r"mesh.context 1 x mesh.tensor 3 cuts rows over parts of processes; let that divide"
     ):
         sharding.share(grid(3, 4, 1, 1, 1, 3))
+
+
+def test_a_rule_without_a_leaf_and_a_leaf_without_a_rule_are_refused_over_all_trees():
+    first, second = {"embed": {"table": np.zeros((2, 2))}}, {"norm": {"scale": np.zeros(2)}}
+    used = (RULES[0], RULES[2])
+    sharding.check(used, first, second)
+    with pytest.raises(ValueError, match=r"the sharding rules '\.\*/kernel' match no leaf; take them out"):
+        sharding.check(RULES, first, second)
+    with pytest.raises(ValueError, match=r"the sharding rules 'norm/\.\*' match no leaf"):
+        sharding.check(used, first)
+    with pytest.raises(ValueError, match=r"no sharding rule for x \(2,\)"):
+        sharding.check(used, first, {"x": np.zeros(2)})
+    behind = (*used, ("norm/scale", P("fsdp")))  # which the rule before it always takes
+    with pytest.raises(ValueError, match="the sharding rules 'norm/scale' match no leaf"):
+        sharding.check(behind, first, second)

@@ -6,9 +6,11 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec as P
+
+from jaxsft.models import llama
 from jaxsft.models.block import DecoderConfig
-from jaxsft.models.family import SCORE, Family, Name, Reader, dense, norm, read_labels
-from jaxsft.models.llama import RULES
+from jaxsft.models.family import SCORE, Family, Name, Reader, Rules, dense, norm, read_labels
 from jaxsft.models.rope import Rope
 
 LAYER = "transformer.h.{layer}"
@@ -63,6 +65,7 @@ NAMES: tuple[Name, ...] = (
     SCORE,
 )
 
+RULES: Rules = (*llama.RULES, ("embed/positions", P(None, "fsdp")))
 TIED = ("lm_head.weight", "transformer.wte.weight")
 FAMILY = Family(
     read_config,

@@ -14,7 +14,7 @@ from jaxsft.models import llama
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Name, Reader, Rules, dense, read_shape, read_types, to_rope, with_windows
 from jaxsft.models.llama import LAYER
-from jaxsft.models.mixtral import RULES as MOE_RULES
+from jaxsft.models.mixtral import MIXTURE
 from jaxsft.models.moe import MoE
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
@@ -61,7 +61,14 @@ NAMES: tuple[Name, ...] = (
     Name("blocks/moe/experts/down/kernel", f"{LAYER}.mlp.experts.down_proj"),
     Name("blocks/moe/experts/down/bias", f"{LAYER}.mlp.experts.down_proj_bias"),
 )
-RULES: Rules = (*MOE_RULES, ("blocks/[^/]+/attn/sinks", P(None, None)))
+RULES: Rules = (
+    *llama.RULES,
+    *MIXTURE,
+    ("blocks/[^/]+/moe/experts/gate_up/bias", P(None, "expert", "tensor")),
+    ("blocks/[^/]+/moe/experts/down/bias", P(None, "expert", None)),
+    ("blocks/[^/]+/moe/router/bias", P(None, None)),
+    ("blocks/[^/]+/attn/sinks", P(None, None)),
+)
 
 FAMILY = Family(
     read_config, NAMES, RULES, classifier="GptOssForSequenceClassification", checkpoints=("unsloth/gpt-oss-20b-BF16",)

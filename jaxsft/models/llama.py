@@ -42,17 +42,18 @@ NAMES: tuple[Name, ...] = (
 )
 
 # The first axis of a stacked leaf is the layer. `tensor` cuts heads and the hidden units of the MLP, `fsdp` the rest.
-RULES: Rules = (
+WEIGHTS: Rules = (
     ("(embed|head)/table", P("tensor", "fsdp")),
     ("blocks/[^/]+/(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up))/kernel", P(None, "fsdp", "tensor")),
     ("blocks/[^/]+/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
-    ("blocks/[^/]+/(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up))/bias", P(None, "tensor")),
-    ("blocks/[^/]+/(attn/o|mlp/down)/bias", P(None, None)),
     ("blocks/[^/]+/(attn/[qk]_norm|(attn|mlp)(_post)?_norm)/(scale|bias)", P(None, None)),
     ("norm/(scale|bias)", P(None)),
-    ("embed/positions", P(None, "fsdp")),
     ("score/kernel", P("fsdp", None)),
 )
+# Biases of what makes heads and hidden units, and of what is made of them; families have both, the first, or neither.
+IN_BIASES: Rules = (("blocks/[^/]+/(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up))/bias", P(None, "tensor")),)
+OUT_BIASES: Rules = (("blocks/[^/]+/(attn/o|mlp/down)/bias", P(None, None)),)
+RULES: Rules = (*WEIGHTS, *IN_BIASES, *OUT_BIASES)
 
 FAMILY = Family(
     read_config,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Reader, read_shape, with_windows
-from jaxsft.models.llama import NAMES, RULES
+from jaxsft.models.llama import NAMES, WEIGHTS
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -23,7 +23,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 FAMILY = Family(
     read_config,
     NAMES,
-    RULES,
+    WEIGHTS,
     classifier="MistralForSequenceClassification",
     checkpoints=("mistralai/Mistral-7B-Instruct-v0.3",),
 )

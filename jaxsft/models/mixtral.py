@@ -40,23 +40,17 @@ NAMES: tuple[Name, ...] = (
     *dense("blocks/moe/experts/down", f"{LAYER}.block_sparse_moe.experts.{{expert}}.w2"),
 )
 
-# `expert` cuts the experts, `tensor` the hidden units of each and of the MLP that every token meets.
-RULES: Rules = (
-    *llama.RULES,
+# `expert` cuts the experts, `tensor` the hidden units of each.
+MIXTURE: Rules = (
     ("blocks/[^/]+/moe/experts/(gate|up|gate_up)/kernel", P(None, "expert", "fsdp", "tensor")),
     ("blocks/[^/]+/moe/experts/down/kernel", P(None, "expert", "tensor", "fsdp")),
-    ("blocks/[^/]+/moe/experts/gate_up/bias", P(None, "expert", "tensor")),
-    ("blocks/[^/]+/moe/experts/down/bias", P(None, "expert", None)),
     ("blocks/[^/]+/moe/(router|shared_gate)/kernel", P(None, "fsdp", None)),
-    ("blocks/[^/]+/moe/router/bias", P(None, None)),
-    ("blocks/[^/]+/moe/shared/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    ("blocks/[^/]+/moe/shared/down/kernel", P(None, "tensor", "fsdp")),
 )
 
 FAMILY = Family(
     read_config,
     NAMES,
-    RULES,
+    (*llama.WEIGHTS, *MIXTURE),
     classifier="MixtralForSequenceClassification",
     checkpoints=("mistralai/Mixtral-8x7B-Instruct-v0.1",),
 )

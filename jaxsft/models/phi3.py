@@ -11,7 +11,7 @@ from typing import Any
 from jaxsft.models import llama
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Name, Reader, dense, read_shape, to_rope, with_windows
-from jaxsft.models.llama import LAYER, RULES
+from jaxsft.models.llama import LAYER, WEIGHTS
 from jaxsft.models.rope import Rope
 
 
@@ -49,7 +49,7 @@ NAMES: tuple[Name, ...] = (
 FAMILY = Family(
     read_config,
     NAMES,
-    RULES,
+    WEIGHTS,
     classifier="Phi3ForSequenceClassification",
     checkpoints=(
         "microsoft/Phi-3.5-mini-instruct",

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Reader, read_shape, read_types, with_windows
-from jaxsft.models.llama import NAMES, RULES
+from jaxsft.models.llama import IN_BIASES, NAMES, WEIGHTS
 
 
 def read_windows(read: Reader, layers: int) -> list[int | None]:
@@ -34,7 +34,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 FAMILY = Family(
     read_config,
     NAMES,
-    RULES,
+    (*WEIGHTS, *IN_BIASES),
     classifier="Qwen2ForSequenceClassification",
     checkpoints=(
         "Qwen/Qwen2.5-0.5B-Instruct",

@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec as P
+
 from jaxsft.models import llama
 from jaxsft.models.block import DecoderConfig
-from jaxsft.models.family import Family, Name, Reader, dense, read_shape, read_types, with_windows
+from jaxsft.models.family import Family, Name, Reader, Rules, dense, read_shape, read_types, with_windows
 from jaxsft.models.llama import LAYER
-from jaxsft.models.mixtral import RULES
+from jaxsft.models.mixtral import MIXTURE
 from jaxsft.models.moe import MoE
 
 
@@ -57,6 +59,14 @@ NAMES: tuple[Name, ...] = (
         )
     ),
     *dense("blocks/moe/shared_gate", f"{LAYER}.mlp.shared_expert_gate"),
+)
+
+RULES: Rules = (
+    *llama.WEIGHTS,
+    *llama.IN_BIASES,
+    *MIXTURE,
+    ("blocks/[^/]+/moe/shared/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    ("blocks/[^/]+/moe/shared/down/kernel", P(None, "tensor", "fsdp")),
 )
 
 FAMILY = Family(

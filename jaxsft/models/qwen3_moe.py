@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsft.models import llama
 from jaxsft.models.block import DecoderConfig
 from jaxsft.models.family import Family, Reader, read_shape, with_windows
-from jaxsft.models.mixtral import RULES
+from jaxsft.models.mixtral import MIXTURE
 from jaxsft.models.qwen2_moe import NAMES, read_moe
 
 
@@ -27,5 +28,9 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 FAMILY = Family(
-    read_config, NAMES, RULES, classifier="Qwen3MoeForSequenceClassification", checkpoints=("Qwen/Qwen3-30B-A3B",)
+    read_config,
+    NAMES,
+    (*llama.RULES, *MIXTURE),
+    classifier="Qwen3MoeForSequenceClassification",
+    checkpoints=("Qwen/Qwen3-30B-A3B",),
 )

@@ -100,6 +100,32 @@ def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
         assert (head in found) == (more if encodes else not more)
 
 
+# Families that have some leaves only where their config says so, beside an output layer and a score.
+OPTIONS = {
+    **{kind: {"attention_bias": True, "mlp_bias": True} for kind in ("llama", "granite", "smollm3")},
+    **{kind: {"attention_bias": True} for kind in ("gemma", "gemma2", "gemma3_text", "olmo2", "qwen3", "qwen3_moe")},
+}
+
+
+@family
+def test_no_sharding_rule_is_without_a_leaf_and_every_matrix_is_cut_over_fsdp_and_tensor(kind):
+    if kind in ENCODERS:
+        scores = {"architectures": [ENCODERS[kind] + "ForSequenceClassification"], "num_labels": 1}
+        configs = [config_of(kind), FAMILIES[kind].read_config({"model_type": kind, **ENCODER, **scores})]
+    else:
+        made = [{"tie_word_embeddings": False}, JUDGE, OPTIONS.get(kind, {})]
+        configs = [config_of(kind, **more) for more in made]
+    rules, trees = FAMILIES[kind].rules, [hub.shapes(config) for config in configs]
+    sharding.check(rules, *trees)
+    placed = tree.flat(sharding.shardings(trees[0], rules, sharding.mesh(1, 2, 2, 1, 2)))
+    for path, where in placed.items():
+        cut = {axis for axis in where.spec if axis}
+        if path.endswith("kernel") and "router" not in path and "gate/" not in path:
+            assert cut >= {"fsdp", "tensor"}, path
+        if "/experts/" in path:
+            assert "expert" in cut, path
+
+
 rewarding = pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in (*ENCODERS, "granite")])
 JUDGE = {"architectures": ["SomeForSequenceClassification"], "num_labels": 1}
 

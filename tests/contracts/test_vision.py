@@ -43,6 +43,7 @@ def config_of(kind: str, labels: int = 3):
 @family
 def test_every_parameter_has_one_name_and_one_sharding_rule(kind):
     shapes, rules = hub.shapes(config_of(kind, 4)), VISION[kind].rules
+    sharding.check(rules, shapes)
     placed, found = tree.flat(sharding.shardings(shapes, rules, sharding.mesh(2, 2, 2))), []
     for path, leaf in tree.flat(shapes).items():
         here, transposed = names.leaf_names(VISION[kind], path, leaf.shape)

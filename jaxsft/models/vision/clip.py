@@ -75,11 +75,8 @@ def names(base: str) -> tuple[Name, ...]:
     )
 
 
-RULES: Rules = (
-    ("embed/cls", P("fsdp")),
-    ("embed/positions", P(None, "fsdp")),
-    *vit.RULES,
-)
+POSITIONS: Rules = (("embed/positions", P(None, "fsdp")),)
+RULES: Rules = (*vit.TOWER, *POSITIONS, ("embed/cls", P("fsdp")))
 LOST = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale", "logit_bias")
 FAMILY = Family(
     read_config,

@@ -73,7 +73,6 @@ RULES: Rules = (
     ("stage./[^/]+/up/kernel", P(None, "fsdp", "tensor")),
     ("stage./[^/]+/down/kernel", P(None, "tensor", "fsdp")),
     ("stage./[^/]+/up/bias", P(None, "tensor")),
-    ("stage./[^/]+/response/(scale|bias)", P(None, None, None, None, "tensor")),
     ("stage./[^/]+/(conv/bias|down/bias|norm/(scale|bias)|gain/scale)", P(None, None)),
     ("classifier/kernel", P("fsdp", "tensor")),
     ("classifier/bias", P("tensor")),

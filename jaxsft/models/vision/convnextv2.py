@@ -6,7 +6,9 @@ Source: Woo et al. 2023, arXiv:2301.00808.
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsft.models.family import Family, Reader
+from jax.sharding import PartitionSpec as P
+
+from jaxsft.models.family import Family, Reader, Rules
 from jaxsft.models.vision.convnext import RULES, names, read_convnext
 from jaxsft.models.vision.depthwise import ConvNextConfig
 
@@ -18,10 +20,12 @@ def read_config(config: Mapping[str, Any]) -> ConvNextConfig:
     return shape
 
 
+RESPONSE: Rules = (("stage./[^/]+/response/(scale|bias)", P(None, None, None, None, "tensor")),)
+
 FAMILY = Family(
     read_config,
     names("convnextv2"),
-    RULES,
+    (*RULES, *RESPONSE),
     prefix="convnextv2.",
     copies=(),
     task=None,

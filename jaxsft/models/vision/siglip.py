@@ -40,7 +40,7 @@ def read_config(config: Mapping[str, Any]) -> TowerConfig:
 FAMILY = Family(
     read_config,
     clip.names("vision_model"),
-    clip.RULES,
+    (*vit.TOWER, *vit.NORM, *clip.POSITIONS),
     prefix="vision_model.",
     copies=(),
     unused=(*clip.LOST, r"(vision_model\.)?head\..*"),

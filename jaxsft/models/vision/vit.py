@@ -87,19 +87,19 @@ MODULES = (
 )
 
 # As the decoders': `tensor` cuts heads, hidden units of the MLP and classes, `fsdp` the rest.
-RULES: Rules = (
+TOWER: Rules = (
     ("embed/patch/filters", P("fsdp", None, None, None)),
     ("embed/(patch/bias|norm/(scale|bias))", P(None)),
-    ("embed/(cls|distillation|registers|positions)", P(None, None, "fsdp")),
     ("blocks/[^/]+/(attn/[qkv]|mlp/up|swiglu/gate_up)/kernel", P(None, "fsdp", "tensor")),
     ("blocks/[^/]+/(attn/o|(mlp|swiglu)/down)/kernel", P(None, "tensor", "fsdp")),
     ("blocks/[^/]+/(attn/[qkv]|mlp/up|swiglu/gate_up)/bias", P(None, "tensor")),
     ("blocks/[^/]+/(attn/o|(mlp|swiglu)/down)/bias", P(None, None)),
     ("blocks/[^/]+/(attn|mlp)_(norm|gain)/(scale|bias)", P(None, None)),
-    ("norm/(scale|bias)", P(None)),
     ("classifier/kernel", P("fsdp", "tensor")),
     ("classifier/bias", P("tensor")),
 )
+NORM: Rules = (("norm/(scale|bias)", P(None)),)
+RULES: Rules = (*TOWER, *NORM, ("embed/(cls|distillation|registers|positions)", P(None, None, "fsdp")))
 
 LOST = (r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token", r"decoder\..*")
 FAMILY = Family(
