@@ -92,7 +92,7 @@ def keys(kind: type, prefix: str = "") -> list[str]:
     Example:
       >>> from jaxsft.sharding import Config
       >>> keys(Config, "mesh.")
-      ['mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.context', 'mesh.expert']
+      ['mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.context', 'mesh.expert', 'mesh.dcn']
     """
     found = []
     for field in dataclasses.fields(kind):
@@ -150,7 +150,7 @@ def flat(config) -> dict[str, object]:
     Example:
       >>> from jaxsft.sharding import Config
       >>> flat(Config(fsdp=2))
-      {'data': -1, 'fsdp': 2, 'tensor': 1, 'context': 1, 'expert': 1}
+      {'data': -1, 'fsdp': 2, 'tensor': 1, 'context': 1, 'expert': 1, 'dcn': 'data'}
     """
     found = {}
     for field in dataclasses.fields(config):

@@ -137,16 +137,16 @@ def pretend(mesh: sharding.Config) -> None:
 
 def _count(mesh: sharding.Config) -> int:
     """The devices that a mesh names; 0 where it takes what there is."""
-    lengths = dataclasses.astuple(mesh)
+    lengths = [getattr(mesh, axis) for axis in axes.ALL]
     return math.prod(lengths) if min(lengths) > 0 else 0
 
 
 def _mesh(config: sharding.Config) -> tuple[Mesh, bool]:
     """The mesh, and whether CPU devices stand for others."""
-    count, lengths = _count(config), dataclasses.astuple(config)
+    count, given = _count(config), dataclasses.asdict(config)
     if count and count != len(jax.devices()):
-        return sharding.mesh(*lengths, devices=jax.devices("cpu")[:count]), True
-    return sharding.mesh(*lengths), bool(count) and count > 1 and jax.default_backend() == "cpu"
+        return sharding.mesh(**given, devices=jax.devices("cpu")[:count]), True
+    return sharding.mesh(**given), bool(count) and count > 1 and jax.default_backend() == "cpu"
 
 
 def abstract_state(trainable: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -181,8 +181,22 @@ def bytes_of(arrays: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def measure(work: Work, sections: Sections) -> Need:
-    """Compiles the step of a run and asks what it takes.
+class Program(NamedTuple):
+    """The step of a run, compiled for arrays that do not exist, and those."""
+
+    compiled: Any  # jax.stages.Compiled
+    model: Model
+    state: State
+    frozen: Tree
+    batch: Any
+    cache: Any  # of answers in progress
+    mesh: Mesh
+    tokens: int  # of a batch
+    chunk: losses.Chunk  # of those that meet the output layer at one time, and of the vocabulary
+
+
+def compiled(work: Work, sections: Sections) -> Program:
+    """Compiles the step of a run.
 
     Args:
       work: what it computes.
@@ -239,19 +253,25 @@ def measure(work: Work, sections: Sections) -> Need:
     cut = {"microbatches": s.train.microbatches, "shardings": sharding.of(state)}
     step: Any = train.make_step(objective, tx, prepare=prepare, **cut)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    compiled = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
-    found = compiled.memory_analysis()
-    weights, moments, tokens = bytes_of((trainable, frozen)), bytes_of(state.opt_state), bytes_of(batch)
-    extra = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    made = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
     at_once = chunk or (losses.CHUNK_CPU if on_cpu else losses.CHUNK)
+    return Program(made, model, state, frozen, batch, cache, mesh, count * s.length, at_once)
+
+
+def measure(work: Work, sections: Sections) -> Need:
+    """Compiles the step of a run and asks what it takes; arguments as for `compiled`."""
+    step = compiled(work, sections)
+    found, trainable = step.compiled.memory_analysis(), step.state.trainable
+    weights, moments, tokens = map(bytes_of, ((trainable, step.frozen), step.state.opt_state, step.batch))
+    extra = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return Need(
         weights,
         moments,
         tokens,
         max(0, extra - weights - moments - tokens) + found.temp_size_in_bytes,
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size,
-        _scores(at_once, count * s.length, _width(model.config), mesh),
-        tuning.count(trainable, frozen),
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.cache)) // step.mesh.size,
+        _scores(step.chunk, step.tokens, _width(step.model.config), step.mesh),
+        tuning.count(trainable, step.frozen),
         tree.count(trainable),
     )
 
@@ -287,7 +307,7 @@ def changes(sections: Sections) -> dict[str, Sections]:
     if s.model.remat != "block":
         found["--model.remat block"] = model(remat="block")
     pieces, shards = 2 * s.train.microbatches, s.mesh.data * s.mesh.fsdp
-    if shards > 0 and s.train.batch_size % (shards * pieces) == 0:
+    if shards > 0 and s.mesh.expert > 0 and s.train.batch_size % (shards * s.mesh.expert * pieces) == 0:
         new = dataclasses.replace(s.train, microbatches=pieces)
         found[f"--train.microbatches {pieces}"] = s._replace(train=new)
     if s.mesh.data > 1 and s.mesh.fsdp > 0:

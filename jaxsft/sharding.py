@@ -8,11 +8,11 @@ The program itself is written for one device: the compiler (GSPMD, Xu et al. 202
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsft import axes, tree, types
@@ -35,6 +35,8 @@ class Config:
     """devices that share every row, each computing a piece of it: for rows that do not fit one device"""
     expert: int = 1
     """devices that share out the experts of a mixture, and the rows"""
+    dcn: Literal["data", "fsdp"] = "data"
+    """the axis that goes from slice to slice of a TPU, over the data-centre network, where there are several slices"""
 
 
 def mesh(
@@ -43,16 +45,18 @@ def mesh(
     tensor: int = 1,
     context: int = 1,
     expert: int = 1,
+    dcn: str = axes.DATA,
     devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
     """Arranges the devices.
 
     Args:
       data, fsdp, tensor, context, expert: lengths of the axes; at most one is -1, the rest of the devices.
+      dcn: the axis whose outer part goes from slice to slice, where the devices have several `slice_index`.
       devices: all devices of all processes by default.
 
     Raises:
-      ValueError: the lengths do not multiply to the number of devices.
+      ValueError: the lengths do not multiply to the number of devices, or the slices do not divide the axis `dcn`.
 
     Example:
       >>> dict(mesh(devices=jax.devices()[:1]).shape)
@@ -71,9 +75,25 @@ def mesh(
         raise ValueError(
             f"mesh {said} uses {np.prod(lengths)} of {len(devices)} devices; set one axis to -1 for the rest"
         )
+    kinds = (AxisType.Auto,) * len(axes.ALL)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return Mesh(_hybrid(lengths, dcn, devices), axes.ALL, axis_types=kinds)
     if len(devices) == len(jax.devices()):
-        return jax.make_mesh(tuple(lengths), axes.ALL, axis_types=(AxisType.Auto,) * len(axes.ALL))
-    return Mesh(np.array(devices).reshape(lengths), axes.ALL, axis_types=(AxisType.Auto,) * len(axes.ALL))
+        return jax.make_mesh(tuple(lengths), axes.ALL, axis_types=kinds)
+    return Mesh(np.array(devices).reshape(lengths), axes.ALL, axis_types=kinds)
+
+
+def _hybrid(lengths: Sequence[int], dcn: str, devices: Sequence[Any]) -> np.ndarray:
+    """Arranges several slices, so that only the axis `dcn` leaves one, and its neighbours are in one where they can."""
+    slices, length = len({device.slice_index for device in devices}), lengths[axes.ALL.index(dcn)]
+    if length % slices:
+        raise ValueError(
+            f"mesh.{dcn} is {length}, which the {slices} slices of {len(devices) // slices} devices do not divide; set "
+            f"it to a multiple of {slices}, or mesh.dcn to another axis"
+        )
+    outer = [slices if axis == dcn else 1 for axis in axes.ALL]
+    inner = [n // over for n, over in zip(lengths, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
 
 
 def _said(lengths: Sequence[int]) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -89,6 +90,41 @@ def test_a_batch_is_cut_by_rows_over_data_and_fsdp(cube):
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
     assert jax.device_put(np.arange(3), sharding.whole(cube)).is_fully_replicated
     assert sharding.of({"x": rows})["x"] == sharding.rows(cube)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One of a TPU's, as far as a mesh asks."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "fake"
+    platform: str = "fake"
+
+
+SLICES = [Device(i, i // 4) for i in (4, 5, 6, 7, 0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dcn", "shape"),
+    [((-1, 2, 2), "data", (2, 2, 2)), ((2, -1), "fsdp", (2, 4, 1)), ((-1,), "data", (8, 1, 1))],
+)
+def test_one_axis_alone_goes_from_slice_to_slice(lengths, dcn, shape):
+    mesh = sharding.mesh(*lengths, dcn=dcn, devices=SLICES)
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == shape
+    assert set(mesh.devices.flat) == set(SLICES)
+    at = {device: place for place, device in np.ndenumerate(mesh.devices)}
+    along = mesh.axis_names.index(dcn)
+    half = mesh.devices.shape[along] // 2
+    assert all((place[along] >= half) == bool(device.slice_index) for device, place in at.items())
+
+
+def test_an_axis_that_the_slices_do_not_divide_is_refused_with_the_counts():
+    with pytest.raises(
+        ValueError, match="mesh.data is 1, which the 2 slices of 4 devices do not divide; set it to a mul"
+    ):
+        sharding.mesh(1, 8, devices=SLICES)
 
 
 def test_rows_that_context_does_not_divide_are_refused():
