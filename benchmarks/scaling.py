@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from plan import LENGTH, SHAPE
 
-from jaxsft import hub, objectives, optim, preflight, report, sharding, train, tuning
+from jaxsft import hub, objectives, optim, preflight, report, sharding, train, tree, tuning
 
 MESHES = {  # data, fsdp, tensor
     "1 device": (1, 1, 1),
@@ -154,35 +154,43 @@ def flops(text: str) -> int:
     return total
 
 
-def step_of(
-    shape: dict, mesh: tuple[int, ...], method: str, *, length: int = LENGTH, dtype: str = "bfloat16", pieces: int = 2
-) -> str:
-    """The HLO of a compiled step: a row a device in each of `pieces` microbatches, remat block."""
+PIECES = 2  # microbatches
+
+
+def step_of(shape: dict, mesh: tuple[int, ...], method: str, *, length: int = LENGTH) -> tuple[str, int]:
+    """The HLO of a compiled step, and the parameters of the base: a row a device in each microbatch, remat block."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         where = sharding.Config(*mesh)
         sections = preflight.Sections(
-            hub.Config(folder, dtype, "block"),  # type: ignore[arg-type]
-            tuning.Config(method, lora=tuning.LoRA(rank=16) if method == "lora" else tuning.LoRA()),  # type: ignore[arg-type]
+            hub.Config(folder, "bfloat16", "block"),
+            tuning.Config(method, lora=tuning.LoRA(rank=16) if method == "lora" else tuning.LoRA()),  # type: ignore
             optim.Config(),
-            train.Config(batch_size=where.data * where.fsdp * where.expert * pieces, microbatches=pieces),
+            train.Config(batch_size=where.data * where.fsdp * where.expert * PIECES, microbatches=PIECES),
             where,
             length,
         )
         preflight.pretend(where)
-        return preflight.compiled(preflight.over_tokens(objectives.supervised), sections).compiled.as_text()
+        step = preflight.compiled(preflight.over_tokens(objectives.supervised), sections)
+        base = tree.combine(
+            {"params": step.state.trainable.get("params", {})}, {"params": step.frozen.get("params", {})}
+        )
+        return step.compiled.as_text(), tree.count(base)
 
 
-def summary(text: str) -> dict:
-    """What a step moves and computes."""
+def summary(text: str, parameters: int) -> dict:
+    """What a step moves and computes, and how often a microbatch gathers the weights: numbers over all parameters."""
     moved = collectives(text)
     totals = {kind: sum(one.received * one.times for one in moved if one.kind == kind) for kind in COLLECTIVES}
     largest = sorted({(size_of(one.shape), one.kind, one.shape.split("{")[0]) for one in moved}, reverse=True)[:4]
-    return {"flops": flops(text), "received": totals, "largest": largest}
+    numbers = lambda shape: sum(math.prod(n) for kind, n in dims(shape) if kind in ("bf16", "f32"))
+    gathered = sum(numbers(one.shape) * one.times for one in moved if one.kind == "all-gather")
+    visits = gathered / parameters / PIECES
+    return {"flops": flops(text), "received": totals, "largest": largest, "visits": visits}
 
 
 def measure(mesh: tuple[int, ...], method: str) -> dict:
-    return summary(step_of(SHAPE, mesh, method))
+    return summary(*step_of(SHAPE, mesh, method))
 
 
 def main() -> None:
@@ -197,9 +205,9 @@ def main() -> None:
                 one = found[f"{name}, {method}"] = pool.apply(measure, (MESHES[name], method))
             gb = [f"{one['received'][kind] / 1e9:.2f}" for kind in COLLECTIVES]
             largest = " ".join(f"{kind} {shape}" for _, kind, shape in one["largest"][:1])
-            rows.append((name, method, f"{one['flops'] / 1e12:.1f}", *gb, largest))
+            rows.append((name, method, f"{one['flops'] / 1e12:.1f}", *gb, f"{one['visits']:.2f}", largest))
             print(*rows[-1], *one["largest"], file=sys.stderr, flush=True)
-    heads = ("devices", "tuning", "TFLOP", *COLLECTIVES, "largest at once")
+    heads = ("devices", "tuning", "TFLOP", *COLLECTIVES, "gathers of a weight, a microbatch", "largest at once")
     report.table("a step on each device; GB received", heads, rows)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))

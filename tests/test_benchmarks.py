@@ -4,8 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax import P
 
-from jaxsft import hub
+from jaxsft import hub, sharding
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -58,3 +59,48 @@ def test_the_sides_of_log_probabilities_do_the_same_work(monkeypatch):
         assert [len(turn["times"]) for turn in found] == [2, 2]
         assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
         assert logprobs.summary(found)["fastest"] > 0
+
+
+def test_bytes_and_operations_are_read_off_a_step_with_their_loops(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scaling
+
+    mesh = sharding.mesh(2, 4)
+
+    def layers(w, x):
+        """Of three weights each is gathered over four devices and multiplied, and the result is summed over two."""
+        step = lambda x, one: (jax.lax.psum(x @ jax.lax.all_gather(one, "fsdp", tiled=True), "data"), None)
+        return jax.lax.scan(step, x, w)[0]
+
+    spec = {"in_specs": (P(None, "fsdp", None), P()), "out_specs": P(), "check_vma": False}
+    shapes = jax.ShapeDtypeStruct((3, 8, 8), "float32"), jax.ShapeDtypeStruct((5, 8), "float32")
+    text = jax.jit(jax.shard_map(layers, mesh=mesh, **spec)).lower(*shapes).compile().as_text()
+    moved = {one.kind: (one.devices, one.times, one.received) for one in scaling.collectives(text)}
+    assert moved == {"all-gather": (4, 3, 8 * 8 * 4 * 3 / 4), "all-reduce": (2, 3, 2 * 5 * 8 * 4 / 2)}
+    assert scaling.flops(text) == 3 * 2 * 5 * 8 * 8
+
+
+def test_frozen_weights_are_gathered_layer_by_layer_once_forward_and_once_back(monkeypatch):
+    """With a rank apart from the other widths each gathered array tells what it is."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scaling
+
+    shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "model_type": "llama"}
+    text, parameters = scaling.step_of(shape, (1, 8, 1), "lora", length=32)
+    counts = {(64, 64): 0, (64, 32): 0, (64, 96): 0, (96, 64): 0, (640, 64): 0}  # q and o, k and v, gate and up, down
+    for one in scaling.collectives(text):
+        for _, size in scaling.dims(one.shape):
+            assert len(size) < 2 or 640 not in size or tuple(size) == (640, 64)  # no scores of tokens
+            if one.kind == "all-gather" and tuple(size) in counts:
+                counts[tuple(size)] += one.times
+    visits = 2 * 3 * scaling.PIECES  # there and back, of three layers, in each microbatch
+    assert counts == {
+        (64, 64): 2 * visits,
+        (64, 32): 2 * visits,
+        (64, 96): 2 * visits,
+        (96, 64): visits,
+        (640, 64): counts[640, 64],
+    }
+    assert counts[640, 64] <= 2 * scaling.PIECES
+    assert parameters == 2 * 640 * 64 + 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
