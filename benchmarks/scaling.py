@@ -157,7 +157,7 @@ def flops(text: str) -> int:
 PIECES = 2  # microbatches
 
 
-def step_of(shape: dict, mesh: tuple[int, ...], method: str, *, length: int = LENGTH) -> tuple[str, int]:
+def step_of(shape: dict, mesh: tuple[int, int, int], method: str, *, length: int = LENGTH) -> tuple[str, int]:
     """The HLO of a compiled step, and the parameters of the base: a row a device in each microbatch, remat block."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
@@ -189,12 +189,12 @@ def summary(text: str, parameters: int) -> dict:
     return {"flops": flops(text), "received": totals, "largest": largest, "visits": visits}
 
 
-def measure(mesh: tuple[int, ...], method: str) -> dict:
+def measure(mesh: tuple[int, int, int], method: str) -> dict:
     return summary(*step_of(SHAPE, mesh, method))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--only", action="append", choices=MESHES, help="a mesh; all by default")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     given = parser.parse_args()

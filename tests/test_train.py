@@ -112,7 +112,7 @@ def test_a_mixture_has_the_same_gradient_on_a_mesh_that_shares_out_experts_and_c
     assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
     for path, grad in wanted.items():
         assert np.abs(grad).max() > 0, path
-        np.testing.assert_allclose(got[path], grad, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(got[path], grad, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_tables_that_a_mesh_does_not_divide_have_the_same_gradient(batch):
