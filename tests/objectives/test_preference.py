@@ -121,7 +121,7 @@ def gradient(pairwise, split, batch, microbatches=1, mesh=None):
     trainable, frozen = jax.tree.map(jnp.copy, split)
     if mesh is not None:
         trainable, frozen = jax.device_put((trainable, frozen), sharding.whole(mesh))
-        batch = jax.device_put(batch, sharding.rows(mesh))
+        batch = jax.device_put(batch, sharding.batch(batch, mesh))
     tx = optax.sgd(1.0)
     state = train.init(trainable, tx, jax.random.key(0), mesh)
     shards = None if mesh is None else sharding.of(state)
@@ -136,7 +136,7 @@ def gradient(pairwise, split, batch, microbatches=1, mesh=None):
 def test_gradients_and_metrics_do_not_depend_on_microbatches_and_mesh(model, moved, batch, kind):
     pairwise = KINDS[kind](model)
     wanted, told = gradient(pairwise, moved, batch)
-    found, said = gradient(pairwise, moved, batch, 2, sharding.mesh(2, 2, 1, devices=jax.devices()[:4]))
+    found, said = gradient(pairwise, moved, batch, 2, sharding.mesh(2, 1, 1, 2, devices=jax.devices()[:4]))
     for name, value in told.items():
         assert float(said[name]) == pytest.approx(float(value), rel=2e-5, abs=2e-6), name
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
