@@ -117,10 +117,12 @@ def group(rest: str) -> int:
     Example:
       >>> group("replica_groups=[4,2]<=[8]"), group("replica_groups={{0,1,2},{3,4,5}}")
       (2, 3)
-      >>> group("replica_groups=mesh['a'=8,'b'=4] {'b'}"), group("replica_groups=mesh['a'=8,'b'=4] {'a':(2)4,'b'}")
-      (4, 16)
+      >>> group("replica_groups=mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'b'}")
+      4
+      >>> group("replica_groups=mesh['a'=8,'b'=4] {'a':(2)4,'b'}")
+      16
     """
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         lengths = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or lengths[axis]) for axis, part in parts)

@@ -87,7 +87,7 @@ def test_frozen_weights_are_gathered_layer_by_layer_once_forward_and_once_back(m
 
     shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "model_type": "llama"}
-    text, parameters = scaling.step_of(shape, (1, 8, 1), "lora", length=32)
+    text, parameters = scaling.step_of(shape, (2, 4, 1), "lora", length=32)
     counts = {(64, 64): 0, (64, 32): 0, (64, 96): 0, (96, 64): 0, (640, 64): 0}  # q and o, k and v, gate and up, down
     for one in scaling.collectives(text):
         for _, size in scaling.dims(one.shape):
