@@ -146,13 +146,13 @@ def main() -> None:
     on = f"{jax.devices()[0].device_kind or platform.machine()}, jax {jax.__version__}"
     case = f"{args.rows} x {args.length} x {args.heads}/{args.kv_heads} x {args.head_dim}, {args.dtype}"
     case += f", {args.documents} a row" if args.documents > 1 else ""
-    rows = []
+    table = []
     for name, side in found.items():
         times = side["times"]
         figures = {"value": statistics.median(times), "low": min(times), "high": max(times), "unit": "s"}
-        rows.append({"case": case, "side": name, **figures, "apart": side["apart"], "on": on})
+        table.append({"case": case, "side": name, **figures, "apart": side["apart"], "on": on})
         print(f"{name:12} {side['apart']:9.1e} from all scores at once")
-    harness.show(rows, args.json)
+    harness.show(table, args.json)
 
 
 if __name__ == "__main__":
