@@ -81,26 +81,22 @@ def test_bytes_and_operations_are_read_off_a_step_with_their_loops(monkeypatch):
 
 
 def test_frozen_weights_are_gathered_layer_by_layer_once_forward_and_once_back(monkeypatch):
-    """With a rank apart from the other widths each gathered array tells what it is."""
+    """Widths are apart from each other and from ranks, so that each gathered array tells what it is."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import scaling
 
-    shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 20}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "model_type": "llama"}
     text, parameters = scaling.step_of(shape, (2, 4, 1), "lora", length=32)
-    counts = {(64, 64): 0, (64, 32): 0, (64, 96): 0, (96, 64): 0, (640, 64): 0}  # q and o, k and v, gate and up, down
+    kernels = {(64, 80): 1, (80, 64): 1, (64, 40): 2, (64, 96): 2, (96, 64): 1}  # q, o, k and v, gate and up, down
+    table = (640, 64)  # of the output layer; that of the embedding is never gathered
+    counts = dict.fromkeys([*kernels, table], 0)
     for one in scaling.collectives(text):
         for _, size in scaling.dims(one.shape):
-            assert len(size) < 2 or 640 not in size or tuple(size) == (640, 64)  # no scores of tokens
+            assert len(size) < 2 or 640 not in size or tuple(size) == table  # no scores of tokens
             if one.kind == "all-gather" and tuple(size) in counts:
                 counts[tuple(size)] += one.times
     visits = 2 * 3 * scaling.PIECES  # there and back, of three layers, in each microbatch
-    assert counts == {
-        (64, 64): 2 * visits,
-        (64, 32): 2 * visits,
-        (64, 96): 2 * visits,
-        (96, 64): visits,
-        (640, 64): counts[640, 64],
-    }
-    assert counts[640, 64] <= 2 * scaling.PIECES
-    assert parameters == 2 * 640 * 64 + 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
+    assert counts.pop(table) == scaling.PIECES
+    assert counts == {size: number * visits for size, number in kernels.items()}
+    assert parameters == 2 * 640 * 64 + 64 + 3 * (2 * 64 * 80 + 2 * 64 * 40 + 3 * 64 * 96 + 2 * 64)
