@@ -58,7 +58,6 @@ def test_the_sides_of_log_probabilities_do_the_same_work(monkeypatch):
         found = [side((16, 8, 40), table, 2, "cpu") for side in (logprobs.ours, logprobs.optax_whole)]
         assert [len(turn["times"]) for turn in found] == [2, 2]
         assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
-        assert logprobs.summary(found)["fastest"] > 0
 
 
 def test_bytes_and_operations_are_read_off_a_step_with_their_loops(monkeypatch):

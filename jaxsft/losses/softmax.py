@@ -87,7 +87,10 @@ def look(f, targets, table, head: Head, want: Want, mix: bool) -> Seen:
         if mix:
             more["mixed"] = faded.mixed + _back(weights * slope, block, f.dtype)
         target = jnp.where(there, hit, seen.target)
-        return faded._replace(total=faded.total + weights.sum(axis=-1), target=target, **more)
+        # As a product, which is computed by itself: a sum is fused with what else is asked for, and then rounded in
+        # another way, and a policy that is its reference has to be it to the last bit.
+        total = jnp.matmul(weights, jnp.ones(len(block.rows)), precision="highest")
+        return faded._replace(total=faded.total + total, target=target, **more)
 
     zeros = jnp.zeros(len(f), jnp.float32)
     start = Seen(

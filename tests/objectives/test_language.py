@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsft
-from jaxsft import losses, models, objectives
+from jaxsft import losses, models, objectives, sharding
 from jaxsft.models import DecoderConfig
 
 CONFIG = DecoderConfig(32, 8, 16, 2, heads=2, kv_heads=1, head_dim=4, max_position=64, logit_scale=0.5)
@@ -40,7 +40,7 @@ def test_in_training_nothing_is_computed_for_people():
 
 
 def test_where_and_how_a_model_makes_scores_is_told_in_one_place():
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    mesh = sharding.mesh(devices=jax.devices()[:1])
     chunk = losses.Chunk(8, 16)
     found = objectives.head_of(models.build(CONFIG, mesh=mesh), chunk)
     assert found == {"scale": 0.5, "soft_cap": None, "chunk": chunk, "mesh": mesh}
