@@ -100,6 +100,7 @@ def test_the_gradient_is_the_same_however_the_batch_is_split(split, unsplit, mod
         np.testing.assert_allclose(got[path], grad, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.parity  # a long one
 def test_a_mixture_has_the_same_gradient_on_a_mesh_that_shares_out_experts_and_cuts_rows(batch):
     mixed = models.moe.MoE(experts=4, active=2, hidden=12, balance=0.1)
     model = models.build(dataclasses.replace(CONFIG, moe=mixed))
@@ -128,6 +129,7 @@ def test_tables_that_a_mesh_does_not_divide_have_the_same_gradient(batch):
     assert np.abs(wanted["params/head/table"][64:]).max() > 0  # tokens that no row has take part in every score
 
 
+@pytest.mark.parity  # a long one
 def test_every_kind_of_adapter_has_the_same_gradient_on_a_mesh(model, variables, batch):
     """DoRA from PiSSA's start, also on the tied embedding and output layer, whose widened table is cut unevenly."""
     spec = lora.LoRA(rank=3, alpha=2.0, dora=True, init="pissa", targets=f"embed|head|{lora.ALL}")

@@ -61,6 +61,7 @@ def test_no_device_of_a_ring_holds_the_keys_of_a_whole_row():
     assert "all-gather" not in program
 
 
+@pytest.mark.parity  # a long one
 def test_a_decoder_whose_rows_are_cut_is_the_one_that_has_them_whole():
     config = DecoderConfig(32, 16, 16, 2, heads=4, kv_heads=2, head_dim=4, max_position=64, windows=(None, 8))
     mesh = sharding.mesh(data=2, context=2, tensor=2)
