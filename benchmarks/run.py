@@ -42,6 +42,8 @@ SUITE: dict[str, dict[str, list[list[str]]]] = {  # what runs on which device, w
 }
 ONE_PROCESS = ("attention", "dpo")  # that take no turns in processes of their own, or have their own options
 OURS = "jaxsft"
+PEERS = ("transformers + PEFT", "transformers", "TRL", "TRL, by length", "tunix", "torch", "torch in chunks", "optax")
+PEERS += ("torch sdpa", "flash_attn", "cudnn")
 
 
 def environment(folder: Path, requirements: str, *more: str) -> str:
@@ -87,10 +89,6 @@ def ratio(row: harness.Row, rows: list[harness.Row]) -> float | None:
     if not peers or "value" not in row:
         return None
     return min(peers) / row["value"] if row["unit"] == "s" else row["value"] / max(peers)
-
-
-PEERS = ("transformers + PEFT", "transformers", "TRL", "TRL, by length", "tunix", "torch", "torch in chunks", "optax")
-PEERS += ("torch sdpa", "flash_attn", "cudnn")
 
 
 def table(rows: list[harness.Row]) -> str:

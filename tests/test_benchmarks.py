@@ -99,3 +99,53 @@ def test_frozen_weights_are_gathered_layer_by_layer_once_forward_and_once_back(m
     assert counts.pop(table) == scaling.PIECES
     assert counts == {size: number * visits for size, number in kernels.items()}
     assert parameters == 2 * 640 * 64 + 64 + 3 * (2 * 64 * 80 + 2 * 64 * 40 + 3 * 64 * 96 + 2 * 64)
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {benchmarks!r})
+import harness
+
+args = harness.parser("", ["ours", "theirs", "broken"]).parse_args()
+case = json.loads(args.case)
+with open(case["log"], "a") as log:
+    log.write(args.side + " ")
+if args.side == "broken":
+    raise SystemExit(1)
+seconds = {{"ours": [1.0, 2.0, 4.0], "theirs": [4.0, 4.0, 4.0]}}[args.side]
+harness.finish({{"first": 9.0, "times": seconds, "cores": [3.0], "work": 8}})
+"""
+
+
+def test_sides_take_turns_and_the_median_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+    import run
+
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(SCRIPT.format(benchmarks=str(BENCHMARKS)))
+    sides = ["ours", "theirs", "broken"]
+    args = harness.parser("", sides).parse_args(["--turns", "2"])
+    rows = harness.turns(str(script), {"name": "a case", "log": str(log)}, sides, args)
+    assert log.read_text().split() == ["ours", "theirs", "broken", "ours", "theirs"]
+    ours, _, broken = rows
+    assert (ours["value"], ours["low"], ours["high"]) == (4.0, 2.0, 8.0)  # of 8, 4 and 2 tokens/s, twice
+    assert (ours["first_s"], ours["core_s"]) == (9.0, 3.0)
+    assert broken["failed"]
+    harness.show(rows, tmp_path / "rows.json")
+    assert "failed" in capsys.readouterr().out
+    monkeypatch.setattr(run, "PEERS", ("theirs", "broken"))
+    rows = [{"benchmark": "step", **row} for row in rows]
+    assert run.ratio(rows[0], rows) == 2.0
+    assert "| step | a case | ours | 4 | tokens/s | 2 to 8 | 2.00 |" in run.table(rows)
+    run.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_seconds_less_is_faster(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import run
+
+    row = lambda side, value: {"benchmark": "startup", "case": "first step", "side": side, "value": value, "unit": "s"}
+    rows = [row("jaxsft", 2.0), row("torch", 3.0), row("TRL", 5.0)]
+    assert run.ratio(rows[0], rows) == 1.5
