@@ -137,11 +137,11 @@ def main() -> None:
     parser.add_argument("--tunix", default="", metavar="PYTHON", help="an interpreter that has google-tunix")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    extra = ".[cuda]" if args.device == "gpu" else "."
+    extra, accelerated = (".[cuda]", ["jax[cuda13]"]) if args.device == "gpu" else (".", [])
     ours = args.python or environment(
         args.output / "torch", "requirements-torch.txt", "-e", f"{HERE.parent}{extra[1:]}"
     )
-    pythons = ours, args.tunix or environment(args.output / "tunix", "requirements-tunix.txt")
+    pythons = ours, args.tunix or environment(args.output / "tunix", "requirements-tunix.txt", *accelerated)
     rows, failed = [], []
     for name, runs in SUITE[args.device].items():
         for given in runs if name in (args.only or known) else ():

@@ -127,10 +127,15 @@ def jaxsft_side(case: dict, calls: int) -> dict:
         jax.block_until_ready(metrics)
 
     found = harness.timed(call, calls) | {"work": shape[0] * shape[1]}
+    return found | device_peak() | {"peak_flops": peak_flops(jax.devices()[0])}
+
+
+def device_peak() -> dict:
+    """The most bytes that were in use on a GPU; nothing on a CPU, where the process has them."""
+    import jax
+
     device = jax.devices()[0]
-    if device.platform != "cpu":
-        found["peak"] = (device.memory_stats() or {})["peak_bytes_in_use"]
-    return found | {"peak_flops": peak_flops(device)}
+    return {} if device.platform == "cpu" else {"peak": (device.memory_stats() or {})["peak_bytes_in_use"]}
 
 
 def peak_flops(device: Any) -> float:
@@ -233,7 +238,7 @@ def tunix_side(case: dict, calls: int) -> dict:
         "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape),
         "attention_mask": jnp.broadcast_to(jnp.tril(jnp.ones((shape[1], shape[1]), bool)), (shape[0], *shape[1:] * 2)),
     }
-    return harness.timed(lambda: jax.block_until_ready(step(batch)), calls) | {"work": tokens.size}
+    return harness.timed(lambda: jax.block_until_ready(step(batch)), calls) | {"work": tokens.size} | device_peak()
 
 
 SIDES = {"jaxsft": jaxsft_side, "transformers + PEFT": peft_side, "tunix": tunix_side}
