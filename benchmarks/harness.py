@@ -111,17 +111,25 @@ def _figures(kept: list[Any], unit: str) -> dict[str, Any]:
     }
 
 
-HEAD = ("case", "side", "median", "low", "high", "unit", "core s", "first s", "peak GB")
+HEAD = ("case", "side", "median", "low", "high", "unit", "core s", "first s", "peak GB", "mfu")
 
 
 def words(row: Row) -> tuple[str, ...]:
     """A row as its cells."""
     if row.get("failed"):
-        return (row["case"], row["side"], "failed", *[""] * 6)
+        return (row["case"], row["side"], "failed", *[""] * (len(HEAD) - 3))
     number = lambda key, digits: "" if row.get(key) is None else f"{row[key]:,.{digits}f}"
     digits = 0 if row["value"] >= 100 else 2
     figures = (number("value", digits), number("low", digits), number("high", digits), row["unit"])
-    return (row["case"], row["side"], *figures, number("core_s", 2), number("first_s", 1), number("peak_gb", 2))
+    return (
+        row["case"],
+        row["side"],
+        *figures,
+        number("core_s", 2),
+        number("first_s", 1),
+        number("peak_gb", 2),
+        number("mfu", 2),
+    )
 
 
 def show(rows: Sequence[Row], file: Path | None = None) -> None:
