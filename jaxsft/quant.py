@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer, UInt8
 
-from jaxsft import tree
+from jaxsft import narrow, tree
 from jaxsft.tree import Pattern, Tree
 
 KINDS = ("int8", "nf4")
@@ -168,7 +168,7 @@ def product(x: Float[Array, "... N I"], packed: Mapping[str, Array]) -> Float[Ar
       >>> product(jnp.ones((1, 2)), pack(jnp.array([[1.0, 2.0], [1.0, 2.0]]), "int8"))
       Array([[2., 4.]], dtype=float32)
     """
-    return x @ unpack(packed, x.dtype)
+    return narrow.product(x, unpack(packed, x.dtype))
 
 
 def kernels(packed: Mapping) -> Tree:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A part is a file of jaxsft/ or a package in it; parts of one floor do not know each other.
 FLOORS = [
-    {"axes", "cache", "tree", "types", "config", "hosts", "run", "report", "quant"},
+    {"axes", "cache", "tree", "types", "config", "hosts", "run", "report", "narrow", "quant"},
     {"models", "data", "losses", "lora", "sharding", "optim", "preferences", "predictions", "probe", "rewards"}
     | {"augment", "classes", "mistakes"},
     {"hub", "objectives", "sample", "score", "tuning", "checkpoint", "rollouts"},
@@ -21,7 +21,7 @@ FLOORS = [
 GROUND = {
     "report": {"run"},
     "types": {"tree"},
-    "quant": {"tree"},
+    "quant": {"tree", "narrow"},
     "run": {"cache", "hosts"},
     "config": set(),
     "hosts": set(),

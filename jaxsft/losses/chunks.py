@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsft import quant
+from jaxsft import narrow, quant
 
 Table = Float[Array, "V D"] | Mapping[str, Array]  # the output layer, a row a token, or what `quant.pack` made of it
 
@@ -159,11 +159,11 @@ def _block(table: Table, start: Array, width: int, dtype: jax.typing.DTypeLike) 
     if isinstance(table, Mapping):
         part = {name: jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1) for name, x in table.items()}
         return quant.unpack(part, dtype).T
-    return jax.lax.dynamic_slice_in_dim(table, start, width).astype(dtype)
+    return narrow.moved(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width), table, start).astype(dtype)
 
 
 def rows_of(table: Table, tokens: Int[Array, "N"], dtype: jax.typing.DTypeLike) -> Float[Array, "N D"]:
     """The rows of some tokens, as `over_vocabulary` shows them."""
     if isinstance(table, Mapping):
         return quant.unpack({name: x[..., tokens] for name, x in table.items()}, dtype).T
-    return table[tokens].astype(dtype)
+    return narrow.moved(lambda table, tokens: table[tokens], table, tokens).astype(dtype)

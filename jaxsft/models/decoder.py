@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from jaxsft import narrow
 from jaxsft.models import adapter
 from jaxsft.models import rope as rotary
 from jaxsft.models.attention import NO_WINDOW, SINKS, SOFT_CAPS, WINDOWS, Where, choose, describe
@@ -210,7 +211,7 @@ def build(
             old = None if cache is None else Cache(cache.k[own], cache.v[own])
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
             step = functools.partial(layer, blocks[config.moe is not None and layers.start not in config.moe.dense])
-            x, (new, routing) = jax.lax.scan(again(step), x, (weights, windows[own], kind_of[own], old, keys))
+            x, (new, routing) = narrow.scan(step, x, (weights, windows[own], kind_of[own], old, keys), again)
             heads.append(new)
             routings += [] if routing is None else [routing]
         x = cast(Array, final_norm.apply({"params": params["norm"]}, x))

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxsft import narrow
 from jaxsft.models.attention import BOTH_SIDES, Where, attend, choose, describe
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, LayerNorm, fan_out
 from jaxsft.models.model import Model, by_rows, span
@@ -227,7 +228,7 @@ def build(
             layers = span(name)
             weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
-            x, _ = jax.lax.scan(again(layer), x, (weights, keys))
+            x, _ = narrow.scan(layer, x, (weights, keys), again)
         if not config.mlm:
             return x
         key = None if dropout is None else jax.random.fold_in(dropout, config.layers)

@@ -14,6 +14,12 @@ from jaxtyping import Array, Float
 from jaxsft.models import adapter
 from jaxsft.models.remat import dear
 
+
+def _in_full(f: Callable) -> Callable:
+    """The function in float32, rounded once to the dtype of its argument, as torch computes it."""
+    return lambda x: f(x.astype(jnp.float32)).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -22,6 +28,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
+ACTIVATIONS = {name: _in_full(f) for name, f in ACTIVATIONS.items()}
 
 
 class Dense(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxsft import axes
+from jaxsft import axes, narrow
 from jaxsft.tree import Tree
 from jaxsft.types import Key
 
@@ -68,7 +68,9 @@ def write(
     """
     rows = jnp.arange(len(positions))[:, None]
     first = lambda x: jnp.moveaxis(x, 0, 2)  # B T L K H
-    return Cache(cache.k.at[:, rows, :, :, positions].set(first(k)), cache.v.at[:, rows, :, positions].set(first(v)))
+    put_k = lambda old, new: old.at[:, rows, :, :, positions].set(new)
+    put_v = lambda old, new: old.at[:, rows, :, positions].set(new)
+    return Cache(narrow.moved(put_k, cache.k, first(k)), narrow.moved(put_v, cache.v, first(v)))
 
 
 def logits(model: Model, variables: Mapping, features: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -12,6 +12,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from jaxsft import narrow
+
 DEAR, INPUT = "dear", "input"  # what costs much to compute, and what goes into a layer
 
 POLICIES: dict[str, Callable | None] = {
@@ -29,7 +31,7 @@ POLICIES: dict[str, Callable | None] = {
 
 def dear(x: Array) -> Array:
     """Says that a result costs much to compute: the policy "dots" keeps it."""
-    return checkpoint_name(x, DEAR)
+    return narrow.moved(lambda x: checkpoint_name(x, DEAR), x)
 
 
 def rematerialise(policy: str) -> Callable[[Callable], Callable]:

@@ -88,5 +88,6 @@ def recall(
     seen = jnp.concatenate([there, visible(where, where, window)], axis=-1)
     scale = 1 / math.sqrt(H) if scale is None else scale
     weights = _weights(jnp.concatenate([old, own], axis=-1), seen, scale, sinks, soft_cap).astype(v.dtype)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights[..., :S], values)
-    return (out + jnp.einsum("bkgtu,bukh->btkgh", weights[..., S:], v)).reshape(B, T, N, H)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights[..., :S], values, preferred_element_type=jnp.float32)
+    out += jnp.einsum("bkgtu,bukh->btkgh", weights[..., S:], v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, N, H).astype(q.dtype)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from jaxsft import narrow
 from jaxsft.models.layers import ACTIVATIONS, Dense, LayerNorm
 from jaxsft.models.model import Model, by_rows, span
 from jaxsft.models.remat import rematerialise
@@ -137,9 +138,9 @@ def build(
       >>> jax.eval_shape(model.features, {"params": params}, images).shape
       (5, 1, 17)
     """
+    again = rematerialise(remat)
     block, norm = Block(config, lora_dropout), LayerNorm(config.norm_eps)
 
-    @rematerialise(remat)
     def layer(x, inputs):
         weights, key = inputs
         return cast(Array, block.apply(weights, x, rngs=None if key is None else {"dropout": key})), None
@@ -156,9 +157,8 @@ def build(
             for name in sorted(stacks, key=lambda name: span(name).start):
                 weights = {"params": stage[name]} | ({"lora": low[name]} if name in low else {})
                 key = None if dropout is None else jax.random.fold_in(jax.random.fold_in(dropout, i), span(name).start)
-                x, _ = jax.lax.scan(
-                    layer, x, (weights, None if key is None else jax.random.split(key, len(span(name))))
-                )
+                keys = None if key is None else jax.random.split(key, len(span(name)))
+                x, _ = narrow.scan(layer, x, (weights, keys), again)
         if config.pooling == "none":
             return x.reshape(len(x), -1, config.hidden)
         mean = x.astype(jnp.float32).mean(axis=(1, 2))

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from jaxsft import narrow
 from jaxsft.models.attention import BOTH_SIDES, Where, attend, choose, describe
 from jaxsft.models.layers import ACTIVATIONS, MLP, Dense, GatedMLP, LayerNorm, fan_out
 from jaxsft.models.model import Model, by_rows, span
@@ -232,7 +233,7 @@ def build(
             layers = span(name)
             weights = {"params": stack} | {kind: stacks[name] for kind, stacks in beside.items() if name in stacks}
             keys = None if dropout is None else jax.random.split(jax.random.fold_in(dropout, layers.start), len(layers))
-            x, _ = jax.lax.scan(again(layer), x, (weights, keys))
+            x, _ = narrow.scan(layer, x, (weights, keys), again)
         if config.norm:
             x = cast(Array, norm.apply({"params": params["norm"]}, x))
         return x if config.pooling == "none" else classifier.as_token(config, _pool(config, x))
