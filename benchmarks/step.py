@@ -56,12 +56,14 @@ CPU: dict[str, dict[str, Any]] = {
     "last 2 layers": {"method": "partial"},
     "qlora, nf4": {"method": "qlora"},
     "vocabulary 151,936": {"shape": {**SHAPE, "vocab_size": 151_936}},
+    "vocabulary 151,936, bfloat16": {"shape": {**SHAPE, "vocab_size": 151_936}, "dtype": "bfloat16"},
     "1 row": {"rows": 1},
     "8 rows": {"rows": 8},
     "2 rows of 1,024": {"rows": 2, "length": 1024},
     "1 row of 2,048": {"rows": 1, "length": 2048},
 }
 USUAL = ("lora", "lora, bfloat16", "full", "last 2 layers", "qlora, nf4", "vocabulary 151,936")
+USUAL += ("vocabulary 151,936, bfloat16",)
 BIG = {"dtype": "bfloat16", "remat": "block"}
 GPU: dict[str, dict[str, Any]] = {
     f"{name}, {method}, {8192 // length} x {length:,}": {
