@@ -25,6 +25,7 @@ def test_a_checkpoint_of_random_weights_loads(kind, tmp_path, monkeypatch):
     assert jax.tree.map(lambda x: x.shape, variables["params"]) == jax.tree.map(lambda x: x.shape, expected)
 
 
+@pytest.mark.parity  # a long one
 def test_the_benchmark_of_images_trains_on_what_it_draws(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import classify

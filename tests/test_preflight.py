@@ -105,6 +105,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers():
         assert ours.sharding.is_equivalent_to(theirs.sharding, theirs.ndim)
 
 
+@pytest.mark.parity  # a long one
 def test_config_json_is_all_it_reads_and_working_memory_follows_what_saves_it(tmp_path):
     (tmp_path / "config.json").write_text((Path(jaxsft.BASE) / "config.json").read_text())
     given = sections(tmp_path, length=512, batch_size=8)._replace(model=hub.Config(str(tmp_path), remat="none"))

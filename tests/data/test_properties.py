@@ -137,6 +137,7 @@ def test_any_mixture_holds_out_no_row_that_it_learns(tmp_path_factory, tokenizer
     assert report.rows == len(documents(train))
 
 
+@pytest.mark.parity  # a long one
 def test_a_row_of_ten_megabytes(tmp_path, tokenizers):
     path = tmp_path / "large.jsonl"
     path.write_text(json.dumps({"instruction": "a", "output": "hello world " * 850_000}), encoding="utf-8")

@@ -190,6 +190,7 @@ def test_ld_dpo_weighs_what_the_longer_answer_says_beyond_the_shorter(model, bas
         assert float(cut[side][1, 0]) == pytest.approx(alone(base, example), abs=2e-5)
 
 
+@pytest.mark.parity  # a long one
 def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them(model, base, batch):
     plain = objectives.preference(model, {"sft": 1.0}).each(base, batch)
     found = objectives.preference(model, {"sft": 1.0}, wpo=True).each(base, batch)

@@ -73,9 +73,7 @@ def test_greedy_continuations_of_ragged_prompts_are_those_of_each_alone_in_torch
     assert all(len(answer) == NEW for answer in expected)
     variables = {"params": pair.params}
     assert sample.answers(sample.generate(pair.model, variables, prompts, max_new_tokens=NEW)) == expected
-    for which in range(len(prompts))[-3:]:
-        got = list(sample.stream(pair.model, variables, prompts[which], max_new_tokens=NEW))
-        assert got == expected[which]
+    assert list(sample.stream(pair.model, variables, prompts[-1], max_new_tokens=NEW)) == expected[-1]
 
 
 @pytest.mark.parametrize("pair", ["llama-gqa-tied", "qwen2-mixed-windows"], indirect=True)

@@ -94,6 +94,7 @@ def learned(run_here, bert, texts, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.parity  # a long one
 def test_an_encoder_learns_to_fill_in_and_what_it_leaves_loads(learned, bert):
     lines = read_metrics(learned / "metrics.jsonl")
     losses, held = ([line[name] for line in lines if name in line] for name in ("loss", "eval_loss"))

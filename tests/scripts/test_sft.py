@@ -204,24 +204,14 @@ def uninterrupted(spawn, args: list[str]) -> None:
 
 
 @pytest.mark.parity  # a long one
-def test_a_killed_and_resumed_run_ends_bitwise_equal(spawn, small, rows, tmp_path):
-    more = {"train__max_steps": 24, "train__save_every": 1, "train__eval_every": 8}
-    uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
-    args = arguments(small, rows, tmp_path / "killed", **more)
-    reached, _ = kill_and_resume(spawn, args, tmp_path / "killed", kills=2, seed=0, longest=0.3)
-    assert 0 < reached[0] < 24, f"the kill came too late or too early: {reached}"
-    same_as(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.parity  # a long one
 @pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments_change_nothing(spawn, small, rows, tmp_path):
-    more = {"train__max_steps": 400, "train__save_every": 1, "train__eval_every": 50}
+    more = {"train__max_steps": 300, "train__save_every": 1, "train__eval_every": 50}
     uninterrupted(spawn, arguments(small, rows, tmp_path / "whole", **more))
     args = arguments(small, rows, tmp_path / "killed", **more)
-    reached, saving = kill_and_resume(spawn, args, tmp_path / "killed", kills=10, seed=1, longest=2.0)
+    reached, saving = kill_and_resume(spawn, args, tmp_path / "killed", kills=10, seed=1, longest=1.2)
     print(f"killed after steps {reached}, {saving} of them during a save")
-    assert len([step for step in reached if 0 < step < 400]) >= 8, f"the kills came too late or too early: {reached}"
+    assert len([step for step in reached if 0 < step < 300]) >= 8, f"the kills came too late or too early: {reached}"
     assert saving, "no kill fell into a save"
     same_as(tmp_path / "whole", tmp_path / "killed")
 
@@ -268,6 +258,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.parity  # a long one
 def test_a_full_disk_stops_with_the_remedy(spawn, small, rows, tmp_path):
     """A limit on the size of files stands in for the full disk: weights do not fit, metrics do."""
     (tmp_path / "limited.py").write_text(LIMITED)
