@@ -32,7 +32,20 @@ MESHES = {  # data, fsdp, tensor
     "64 devices": (1, 64, 1),
     "256 devices": (4, 64, 1),
 }
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
@@ -185,7 +198,7 @@ def summary(text: str, parameters: int) -> dict:
     moved = collectives(text)
     totals = {kind: sum(one.received * one.times for one in moved if one.kind == kind) for kind in COLLECTIVES}
     largest = sorted({(size_of(one.shape), one.kind, one.shape.split("{")[0]) for one in moved}, reverse=True)[:4]
-    numbers = lambda shape: sum(math.prod(n) for kind, n in dims(shape) if kind in ("bf16", "f32"))
+    numbers = lambda shape: sum(math.prod(n) for kind, n in dims(shape) if kind in ("bf16", "f32", "u16"))
     gathered = sum(numbers(one.shape) * one.times for one in moved if one.kind == "all-gather")
     visits = gathered / parameters / PIECES
     return {"flops": flops(text), "received": totals, "largest": largest, "visits": visits}
