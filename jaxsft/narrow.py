@@ -9,17 +9,38 @@ What is here gives what the plain operation gives, values and gradients. For flo
 plain operation.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_STANDS_IN = contextvars.ContextVar("stands_in", default=False)
+
+
+@contextlib.contextmanager
+def stands_in(yes: bool = True) -> Iterator[None]:
+    """Within it, CPU devices stand for others, whose compilers need none of this: all here is the plain operation.
+
+    Example:
+      >>> with stands_in():
+      ...     jax.make_jaxpr(product)(jnp.ones((1, 2), jnp.bfloat16), jnp.ones((2, 1), jnp.bfloat16)).eqns[-1].primitive
+      dot_general
+    """
+    before = _STANDS_IN.set(yes)
+    try:
+        yield
+    finally:
+        _STANDS_IN.reset(before)
+
 
 def _is_narrow(*arrays: Array) -> bool:
-    return jax.default_backend() == "cpu" and all(x.dtype == jnp.bfloat16 for x in arrays)
+    here = jax.default_backend() == "cpu" and not _STANDS_IN.get()
+    return here and all(x.dtype == jnp.bfloat16 for x in arrays)
 
 
 def product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxsft import axes, hub, losses, optim, report, sample, sharding, train, tree, tuning
+from jaxsft import axes, hub, losses, narrow, optim, report, sample, sharding, train, tree, tuning
 from jaxsft.losses import Chunk
 from jaxsft.models import Model, ModelConfig, VisionConfig
 from jaxsft.objectives import Objective, Pairwise, critic, policy
@@ -253,7 +253,8 @@ def compiled(work: Work, sections: Sections) -> Program:
     cut = {"microbatches": s.train.microbatches, "shardings": sharding.of(state)}
     step: Any = train.make_step(objective, tx, prepare=prepare, **cut)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    made = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
+    with narrow.stands_in(stands_in):
+        made = step.lower(state, frozen, batch).compile(AS_ELSEWHERE if on_cpu else None)
     at_once = chunk or (losses.CHUNK_CPU if on_cpu else losses.CHUNK)
     return Program(made, model, state, frozen, batch, cache, mesh, count * s.length, at_once)
 

@@ -112,3 +112,13 @@ def test_nothing_is_widened_to_be_moved_or_multiplied():
     plain = lambda x: jax.lax.scan(remat.rematerialise("dots")(wide), x, kernels)[0].astype(jnp.float32).sum()
     old = jax.jit(jax.grad(plain)).lower(x).compile().as_text()
     assert f"f32[{L},{2 * D},{8 * D}]" in old  # if this fails, XLA does it by itself: narrow.scan may go
+
+
+def test_devices_that_stand_for_others_compute_plainly():
+    x, kernels = draw(0, N, D), draw(1, L, D, D)
+    run = lambda x: narrow.scan(lambda x, w: (remat.dear(narrow.product(x, w)), None), x, kernels)[0]
+    assert "bitcast" in str(jax.make_jaxpr(run)(x))
+    with narrow.stands_in():
+        program = str(jax.make_jaxpr(lambda x: run(x))(x))
+    assert "bitcast" not in program
+    assert "f32" not in program.replace("preferred_element_type=float32", "")
