@@ -16,6 +16,7 @@ from jaxsft.losses.preference import COUNTED, COUPLED, PREFERENCE, WITHOUT_REFER
 from jaxsft.losses.reward import bradley_terry
 from jaxsft.losses.scored import Scored
 from jaxsft.losses.sft import sft
+from jaxsft.losses.summed import total
 from jaxsft.losses.value import ValueLoss, clipped_value, explained_variance
 from jaxsft.losses.weights import collision, ld_weights, wpo
 
@@ -73,6 +74,7 @@ __all__ = [
     "shift",
     "surrogate",
     "top1",
+    "total",
     "unpaired",
     "weighted",
     "whiten",

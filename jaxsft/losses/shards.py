@@ -46,6 +46,11 @@ class Shards(NamedTuple):
         cut = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return cut(*given, table)
 
+    def all(self, x: Array) -> Array:
+        """The sum over the devices that have other tokens."""
+        over = (*self.rows, *([self.context] if self.context else []))
+        return jax.lax.psum(x, over) if over else x
+
     def summed(self, x: Array) -> Array:
         """The sum over the devices that have other tokens; what `fsdp` cuts of the last dimension stays cut."""
         over = [*self.rows, *([self.context] if self.context else [])]

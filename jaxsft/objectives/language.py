@@ -103,8 +103,7 @@ def supervised(model: Model, *, chunk: Chunk | None = None) -> Objective:
             lp, best = losses.top1(features, *given, **head_of(model, chunk))
             right = (mask & (best == targets)).sum().astype(jnp.float32)
             return Sums(losses.sft(lp, mask).sum(), weight, {"accuracy": right})
-        lp = losses.logprobs(features, *given, **head_of(model, chunk))
-        loss = losses.sft(lp, mask).sum()
+        loss = -losses.total(features, *given, **head_of(model, chunk))
         if moe is None:
             return Sums(loss, weight, {})
         return Sums(loss + moe.balance * crowding * weight, weight, {"balance": crowding * weight})
