@@ -62,7 +62,9 @@ def ours(*given) -> dict:
 
     from jaxsft import losses
 
-    return in_jax(lambda f, w, y: -losses.logprobs(f, w, y, jnp.ones(y.shape, bool)), *given)
+    # The sum, as supervised fine-tuning takes it; the mean below is over one number then.
+    loss = lambda f, w, y: -losses.total(f, w, y, jnp.ones(y.shape, bool)) / y.size
+    return in_jax(loss, *given)
 
 
 def optax_whole(*given) -> dict:
