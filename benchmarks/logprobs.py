@@ -62,9 +62,16 @@ def ours(*given) -> dict:
 
     from jaxsft import losses
 
-    # The sum, as supervised fine-tuning takes it; the mean below is over one number then.
-    loss = lambda f, w, y: -losses.total(f, w, y, jnp.ones(y.shape, bool)) / y.size
-    return in_jax(loss, *given)
+    return in_jax(lambda f, w, y: -losses.logprobs(f, w, y, jnp.ones(y.shape, bool)), *given)
+
+
+def summed(*given) -> dict:
+    """As one operation, which supervised fine-tuning takes; the mean is over one number then."""
+    import jax.numpy as jnp
+
+    from jaxsft import losses
+
+    return in_jax(lambda f, w, y: -losses.total(f, w, y, jnp.ones(y.shape, bool)) / y.size, *given)
 
 
 def optax_whole(*given) -> dict:
@@ -121,7 +128,13 @@ def torch_chunks(*given) -> dict:
     return in_torch(loss, *given)
 
 
-SIDES = {"jaxsft": ours, "optax": optax_whole, "torch": torch_whole, "torch in chunks": torch_chunks}
+SIDES = {
+    "jaxsft": ours,
+    "jaxsft, summed": summed,
+    "optax": optax_whole,
+    "torch": torch_whole,
+    "torch in chunks": torch_chunks,
+}
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ CPU: dict[str, dict[str, Any]] = {
     "2 rows of 1,024": {"rows": 2, "length": 1024},
     "1 row of 2,048": {"rows": 1, "length": 2048},
 }
-USUAL = ("lora", "lora, bfloat16", "full", "last 2 layers", "qlora, nf4", "vocabulary 151,936")
-USUAL += ("vocabulary 151,936, bfloat16",)
+LARGE = ("vocabulary 151,936", "vocabulary 151,936, bfloat16")
+USUAL = ("lora", "lora, bfloat16", "full", "last 2 layers", "qlora, nf4", *LARGE)
 BIG = {"dtype": "bfloat16", "remat": "block"}
 GPU: dict[str, dict[str, Any]] = {
     f"{name}, {method}, {8192 // length} x {length:,}": {

@@ -17,11 +17,6 @@ def draw(seed, *shape, dtype=jnp.bfloat16):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def rounded(x):
-    """To bfloat16 and back, which is what one rounding leaves of float64 numbers."""
-    return np.asarray(jnp.asarray(np.asarray(x, np.float32), jnp.bfloat16), np.float64)
-
-
 def near(found, exact):
     """Equal but for one rounding to bfloat16, whose last bit may fall otherwise where the sum was float32."""
     assert found.dtype == jnp.bfloat16

@@ -197,8 +197,8 @@ class Again(NamedTuple):
 
 
 def _vjp_forward(features, table, targets, mask, head: Head, want):
-    trains = _is_given(table) and table.perturbed  # decided while tracing: a frozen table needs nothing but the pull
-    values: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_is_given)
+    trains = is_given(table) and table.perturbed  # decided while tracing: a frozen table needs nothing but the pull
+    values: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=is_given)
     features, table, targets, mask = values
     if trains or "learned" in want:
         found, logsumexp = _forward(features, table, targets, mask, head, want, "logsumexp")
@@ -220,7 +220,8 @@ def _vjp_backward(head: Head, want, kept, cotangents: Found):
 _operation.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
-def _is_given(x: Any) -> bool:
+def is_given(x: Any) -> bool:
+    """Whether it is what a custom gradient with symbolic zeros gets for an array, with whether that is learned."""
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 

@@ -46,14 +46,18 @@ class Shards(NamedTuple):
         cut = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return cut(*given, table)
 
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The axes whose devices have other tokens."""
+        return (*self.rows, *([self.context] if self.context else []))
+
     def all(self, x: Array) -> Array:
         """The sum over the devices that have other tokens."""
-        over = (*self.rows, *([self.context] if self.context else []))
-        return jax.lax.psum(x, over) if over else x
+        return jax.lax.psum(x, self.apart) if self.apart else x
 
     def summed(self, x: Array) -> Array:
         """The sum over the devices that have other tokens; what `fsdp` cuts of the last dimension stays cut."""
-        over = [*self.rows, *([self.context] if self.context else [])]
+        over = list(self.apart)
         if self.split(x.shape[-1]):
             x = jax.lax.psum_scatter(x, axes.FSDP, scatter_dimension=x.ndim - 1, tiled=True)
             over.remove(axes.FSDP)

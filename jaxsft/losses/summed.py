@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsft.losses.chunks import Head, Table, compact, over_tokens, vocabulary
-from jaxsft.losses.logprobs import everything
+from jaxsft.losses.logprobs import everything, is_given
 from jaxsft.losses.shards import shards
 
 FEWEST = 512  # tokens of a chunk; of fewer the table would be read, and its gradient written, too often
@@ -50,13 +50,9 @@ def _total(features, table, targets, mask, head: Head) -> Array:
     return everything(features, table, targets, mask, head).logprobs.sum()
 
 
-def _given(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-
 def _forward(features, table, targets, mask, head: Head):
-    trains = _given(table) and table.perturbed
-    values: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=_given)
+    trains = is_given(table) and table.perturbed
+    values: Any = jax.tree.map(lambda x: x.value, (features, table, targets, mask), is_leaf=is_given)
     features, table, targets, mask = values
     if trains and not shards(head.mesh, mask.shape, vocabulary(table)).tensor:
         return _formed(features, table, targets, mask, head)

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsft import narrow, quant
-from jaxsft.narrow import product
 from jaxsft.types import Key
 
 Leaves = Mapping[str, Array]  # of one layer: a, b, scale, and what else it has; empty without an adapter
@@ -52,14 +51,14 @@ def project(
       >>> float(project(x, kernel, low)[0, 0]), float(project(x, kernel, low | {"m": jnp.array([10.0])})[0, 0])
       (7.0, 14.0)
     """
-    times = lambda x: quant.product(x, kernel) if isinstance(kernel, Mapping) else product(x, kernel)
+    times = lambda x: quant.product(x, kernel) if isinstance(kernel, Mapping) else narrow.product(x, kernel)
     if not leaves:
         return times(x)
     low = {name: leaf.astype(x.dtype) for name, leaf in leaves.items()}
-    out = lambda inner, b: product(inner * low["scale"][..., None, None], b)
-    own = lambda x: times(x) - out(product(x, low["a0"]), low["b0"]) if "a0" in low else times(x)
+    out = lambda inner, b: narrow.product(inner * low["scale"][..., None, None], b)
+    own = lambda x: times(x) - out(narrow.product(x, low["a0"]), low["b0"]) if "a0" in low else times(x)
     dropped = x if drop is None else drop(x)
-    y, change = own(x), out(product(dropped, low["a"]) if inner is None else inner, low["b"])
+    y, change = own(x), out(narrow.product(dropped, low["a"]) if inner is None else inner, low["b"])
     if "m" not in low:
         return y + change
     # In float32, and rounded once: bfloat16 cannot tell a factor of 1.003 from 1.
@@ -86,7 +85,9 @@ def inners(x: Float[Array, "N I"], lora: Mapping[str, Leaves]) -> dict[str, Floa
         return {}
     columns = [leaves["a"].astype(x.dtype) for leaves in lora.values()]
     ends = np.cumsum([a.shape[-1] for a in columns])
-    return dict(zip(lora, jnp.split(product(x, jnp.concatenate(columns, axis=-1)), ends[:-1], axis=-1), strict=True))
+    return dict(
+        zip(lora, jnp.split(narrow.product(x, jnp.concatenate(columns, axis=-1)), ends[:-1], axis=-1), strict=True)
+    )
 
 
 def factors(kernel: Float[Array, "... I O"], leaves: Leaves) -> Float[Array, "... O"]:

@@ -20,7 +20,7 @@ def _in_full(f: Callable) -> Callable:
     return lambda x: f(x.astype(jnp.float32)).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable] = {
+FUNCTIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
-ACTIVATIONS = {name: _in_full(f) for name, f in ACTIVATIONS.items()}
+ACTIVATIONS = {name: _in_full(f) for name, f in FUNCTIONS.items()}
 
 
 class Dense(nn.Module):
